@@ -1,0 +1,221 @@
+//! The real host: NVIDIA GPUs under the stock driver.
+//!
+//! Three mechanisms, a module each: `telemetry` reads figures through NVML,
+//! `mps` runs a private MPS control daemon as a child, and `channels` reaches
+//! another process's channel groups through the resource manager's own control
+//! calls. None of them needs a changed driver or a preloaded library.
+//!
+//! `unsafe` stands in `channels/rm.rs` (ioctls) and `telemetry/gpm.rs` (a
+//! sample that outlives the borrow NVML's wrapper gives it), nowhere else.
+
+mod channels;
+mod error;
+mod mps;
+mod process;
+mod telemetry;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use gcgroup_device::{
+    ChannelGroups, Channels, ClientMark, DeviceError, GpuInfo, GpuSample, Host, Mps, MpsServer,
+    Telemetry, Timeslices,
+};
+use nvml_wrapper::Nvml;
+
+use crate::channels::DriverChannels;
+pub use crate::channels::find::Object;
+use crate::mps::Program;
+pub use crate::mps::orphan::{Orphan, end_orphan};
+use crate::telemetry::NvmlTelemetry;
+
+/// A host whose driver answered. Dropping it closes NVML, so that the driver
+/// can be unloaded.
+#[derive(Debug)]
+pub struct NvidiaHost {
+    telemetry: NvmlTelemetry,
+    channels: DriverChannels,
+    driver_version: String,
+    cuda_version: CudaVersion,
+}
+
+impl NvidiaHost {
+    /// Opens NVML by its usual name.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoDriver`] where there is no library or no driver behind
+    /// it; [`DeviceError::Denied`] where this service may not talk to it.
+    pub fn open() -> Result<Self, DeviceError> {
+        Self::with_nvml(Nvml::init().map_err(error::of_open)?)
+    }
+
+    /// Opens the NVML library at `library`, for hosts that keep it where the
+    /// loader does not look.
+    ///
+    /// # Errors
+    /// As [`NvidiaHost::open`].
+    pub fn open_library(library: &Path) -> Result<Self, DeviceError> {
+        let nvml = Nvml::builder().lib_path(library.as_os_str()).init();
+        Self::with_nvml(nvml.map_err(error::of_open)?)
+    }
+
+    fn with_nvml(nvml: Nvml) -> Result<Self, DeviceError> {
+        let driver_version = nvml.sys_driver_version().map_err(error::of_open)?;
+        let cuda_version =
+            CudaVersion::from_nvml(nvml.sys_cuda_driver_version().map_err(error::of_open)?);
+        Ok(Self {
+            telemetry: NvmlTelemetry::new(Arc::new(nvml)),
+            channels: DriverChannels::new(&driver_version),
+            driver_version,
+            cuda_version,
+        })
+    }
+
+    /// Every object of the driver client that `find` would choose, for people
+    /// who look at an unknown driver.
+    ///
+    /// # Errors
+    /// As [`Channels::find`].
+    pub fn inventory(&self, pid: u32, mark: ClientMark) -> Result<Vec<Object>, DeviceError> {
+        self.channels.inventory(pid, mark)
+    }
+
+    /// Refuses to guess which GPU the groups of `pid` belong to: a channel
+    /// group names its device by a handle, and no call that is known to be
+    /// harmless turns that handle into a GPU. With one GPU, or with a process
+    /// that computes on one only, there is nothing to tell apart.
+    fn check_only_gpu(&self, pid: u32, gpu: &GpuInfo) -> Result<(), DeviceError> {
+        if self.telemetry.gpu_count()? <= 1 {
+            return Ok(());
+        }
+        let uuids = self.telemetry.gpus_of(pid)?;
+        if !uuids.contains(&gpu.uuid) {
+            return Err(DeviceError::Failed(format!(
+                "process {pid} computes on no channel of GPU {}",
+                gpu.index
+            )));
+        }
+        if uuids.len() > 1 {
+            return Err(DeviceError::Unsupported(format!(
+                "process {pid} computes on {} GPUs and its channel groups do not tell which is whose",
+                uuids.len()
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Telemetry for NvidiaHost {
+    fn gpus(&self) -> Result<Vec<GpuInfo>, DeviceError> {
+        self.telemetry.gpus()
+    }
+
+    fn sample(&self, gpu: &GpuInfo) -> Result<GpuSample, DeviceError> {
+        self.telemetry.sample(gpu)
+    }
+}
+
+impl Mps for NvidiaHost {
+    fn slots(&self) -> Result<u32, DeviceError> {
+        Program::find()?;
+        Ok(self.cuda_version.mps_clients())
+    }
+
+    fn start(&self, gpu: &GpuInfo, directory: &Path) -> Result<Box<dyn MpsServer>, DeviceError> {
+        let server = mps::Server::start(Program::find()?, &gpu.uuid, directory)?;
+        Ok(Box::new(server))
+    }
+}
+
+impl Channels for NvidiaHost {
+    fn mark(&self) -> Result<ClientMark, DeviceError> {
+        self.channels.mark()
+    }
+
+    fn find(
+        &self,
+        pid: u32,
+        gpu: &GpuInfo,
+        mark: ClientMark,
+    ) -> Result<ChannelGroups, DeviceError> {
+        self.check_only_gpu(pid, gpu)?;
+        self.channels.find(pid, mark)
+    }
+
+    fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError> {
+        self.channels.timeslices(groups)
+    }
+
+    fn set_timeslice(&self, groups: &ChannelGroups, usec: u64) -> Result<Timeslices, DeviceError> {
+        self.channels.set_timeslice(groups, usec)
+    }
+}
+
+impl Host for NvidiaHost {
+    fn describe(&self) -> String {
+        format!(
+            "NVIDIA driver {}, CUDA {}",
+            self.driver_version, self.cuda_version
+        )
+    }
+
+    fn worker_address(&self, gpu: &GpuInfo) -> String {
+        format!("cuda:{}", gpu.uuid)
+    }
+}
+
+/// The newest CUDA that the driver serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct CudaVersion {
+    major: u32,
+    minor: u32,
+}
+
+impl CudaVersion {
+    /// NVML writes 13.1 as 13010.
+    fn from_nvml(version: i32) -> Self {
+        let version = version.unsigned_abs();
+        Self {
+            major: version / 1000,
+            minor: version % 1000 / 10,
+        }
+    }
+
+    /// Client contexts of one server on one GPU, while the clients keep the
+    /// default of CUDA_DEVICE_MAX_CONNECTIONS (the MPS guide's table of limits:
+    /// 60 from CUDA 13.1 on, 48 before).
+    fn mps_clients(self) -> u32 {
+        const FIRST_WITH_60: CudaVersion = CudaVersion {
+            major: 13,
+            minor: 1,
+        };
+        if self >= FIRST_WITH_60 { 60 } else { 48 }
+    }
+}
+
+impl std::fmt::Display for CudaVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_versions_are_read_from_nvml_numbers() {
+        assert_eq!(CudaVersion::from_nvml(13000).to_string(), "13.0");
+        assert_eq!(CudaVersion::from_nvml(12080).to_string(), "12.8");
+        assert_eq!(CudaVersion::from_nvml(13010).to_string(), "13.1");
+    }
+
+    #[test]
+    fn clients_of_an_mps_server_follow_the_cuda_version() {
+        let clients = |version| CudaVersion::from_nvml(version).mps_clients();
+        assert_eq!(clients(12090), 48);
+        assert_eq!(clients(13000), 48);
+        assert_eq!(clients(13010), 60);
+        assert_eq!(clients(14000), 60);
+    }
+}

@@ -1,0 +1,7 @@
+//! Prints docs/control-files.md.
+
+mod render;
+
+fn main() {
+    print!("{}", render::manual());
+}

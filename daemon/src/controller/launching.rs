@@ -1,0 +1,355 @@
+//! Launching workloads: checks before, adoption after.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use gcgroup_fs::Reply;
+use gcgroup_kernels::catalogue;
+use gcgroup_kernels::protocol::{Command, Setup};
+use gcgroup_model::change::{Caller, Done, Refusal};
+use gcgroup_model::row::File;
+use gcgroup_model::snapshot::{Enforcer, NodeId, Settings, Workload};
+use gcgroup_model::spec::{Barrier, SpecError, WorkloadSpec};
+use gcgroup_model::value::{PartitionName, PartitionRef, Priority, Switch};
+use gcgroup_policy::enforcer::{Origin, Sharing, enforcer};
+use gcgroup_policy::lane::Lane;
+
+use super::process::Proc;
+use super::ticket::{Commit, Op, Order, quota_setting};
+use super::{Controller, Event, StopState, stopping};
+use crate::clock::now_ns;
+use crate::launch::Ready;
+use crate::procfs;
+
+/// Launches in flight of a spatial worker. A stop must wait until each of them
+/// has seen the flag, so there are few.
+const SPATIAL_DEPTH: u32 = 3;
+/// The same of a temporal one: the queue must not run empty while the worker's
+/// thread waits for a processor, or the driver gives the slice away.
+const TEMPORAL_DEPTH: u32 = 8;
+
+/// A launch under way.
+pub(super) struct Launch {
+    spec: WorkloadSpec,
+    name: String,
+    placed: Option<Vec<u32>>,
+    caller: Caller,
+    reply: Reply,
+}
+
+impl Controller {
+    pub(super) fn ask_launch(&mut self, caller: Caller, mut spec: WorkloadSpec, reply: Reply) {
+        let prepared = self.check(&mut spec);
+        let (setup, name) = match prepared {
+            Ok(prepared) => prepared,
+            Err(refusal) => {
+                self.answer(reply, Err(refusal));
+                return;
+            }
+        };
+        let Some(gpu) = self.gpus.get(&spec.gpu) else {
+            self.answer(reply, Err(Refusal::Gone(format!("GPU {}", spec.gpu))));
+            return;
+        };
+        let (info, sharing) = (gpu.info.clone(), gpu.can.sharing);
+        let id = self.fresh_id();
+        let placed = setup.placement.groups.clone();
+        self.launches.insert(
+            id,
+            Launch {
+                spec,
+                name,
+                placed,
+                caller,
+                reply,
+            },
+        );
+        let (context, events) = (self.context.clone(), self.events.clone());
+        let deadline = self.config.launch_deadline;
+        tokio::spawn(async move {
+            let result = context
+                .launch(info, sharing, setup, deadline)
+                .await
+                .map(Box::new);
+            // A worker that nobody takes over ends with its socket.
+            let _ = events.send(Event::Launched { launch: id, result });
+        });
+    }
+
+    /// Everything that can be refused before a process is started.
+    fn check(&self, spec: &mut WorkloadSpec) -> Result<(Setup, String), Refusal> {
+        let Some(gpu) = self.gpus.get(&spec.gpu) else {
+            let known: Vec<_> = self.gpus.keys().map(u32::to_string).collect();
+            let known = if known.is_empty() {
+                "none".to_owned()
+            } else {
+                known.join(", ")
+            };
+            let message = format!("there is no GPU {}; there are: {known}", spec.gpu);
+            return Err(SpecError::new("gpu", message).into());
+        };
+        if spec.memory_limit.is_some() {
+            let reason = "memory_limit: this version enforces no memory limits";
+            return Err(Refusal::Unsupported(reason.to_owned()));
+        }
+        let plan = catalogue::plan(spec, gpu.table.capacity())?;
+        let needs = |file: File| match enforcer(Origin::Launched, file, &gpu.can) {
+            Enforcer::None(reason) => {
+                Err(Refusal::Unsupported(format!("{}: {reason}", file.name())))
+            }
+            _ => Ok(()),
+        };
+        if spec.priority != Priority::default() {
+            needs(File::Priority)?;
+        }
+        if spec.partition != PartitionRef::None {
+            needs(File::Partition)?;
+        }
+        let groups = self.groups_of(spec.gpu, &spec.partition)?;
+        let name = self.name(spec)?;
+        self.slot(spec.gpu)?;
+        let depth = match gpu.can.sharing {
+            Sharing::Spatial => SPATIAL_DEPTH,
+            Sharing::Temporal => TEMPORAL_DEPTH,
+        };
+        let setup = Setup {
+            plan,
+            iterations: spec.iterations,
+            duration_ms: spec.duration_ms,
+            placement: self.placement(spec.gpu, groups, spec.priority),
+            quota: quota_setting(spec.compute_max),
+            depth,
+        };
+        Ok((setup, name))
+    }
+
+    /// The workload's name: the one asked for, if it is free, or the kernel's and
+    /// the lowest free number.
+    fn name(&self, spec: &WorkloadSpec) -> Result<String, Refusal> {
+        let taken = |name: &str| {
+            self.procs.values().any(|proc| proc.workload.name == name)
+                || self.launches.values().any(|launch| launch.name == name)
+        };
+        match &spec.name {
+            Some(name) if taken(name) => Err(Refusal::Exists(format!("a workload named {name}"))),
+            Some(name) => Ok(name.clone()),
+            None => (1_u32..)
+                .map(|number| format!("{}-{number}", spec.kernel))
+                .find(|name| !taken(name))
+                .ok_or_else(|| Refusal::Failed("every name is taken".to_owned())),
+        }
+    }
+
+    /// Whether the MPS server takes one more client.
+    fn slot(&self, index: u32) -> Result<(), Refusal> {
+        let Some(gpu) = self.gpus.get(&index) else {
+            return Ok(());
+        };
+        if gpu.can.sharing == Sharing::Temporal {
+            return Ok(());
+        }
+        let Some(slots) = gpu.slots else {
+            return Err(Refusal::Unsupported(
+                "spatial sharing is configured, but there is no MPS".to_owned(),
+            ));
+        };
+        let used = self.procs.values().filter(|proc| proc.gpu == index).count()
+            + self
+                .launches
+                .values()
+                .filter(|launch| launch.spec.gpu == index)
+                .count();
+        if used >= slots as usize {
+            return Err(Refusal::Busy(format!(
+                "all {slots} client slots of the MPS server are taken"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether a launch under way will be a member of this partition.
+    pub(super) fn launches_into(&self, gpu: u32, name: &PartitionName) -> bool {
+        self.launches
+            .values()
+            .any(|launch| launch.spec.gpu == gpu && launch.spec.partition.name() == Some(name))
+    }
+
+    pub(super) fn launched(&mut self, id: u64, result: Result<Box<Ready>, Refusal>) {
+        let Some(launch) = self.launches.remove(&id) else {
+            return;
+        };
+        let ready = match result {
+            Ok(ready) => *ready,
+            Err(refusal) => {
+                tracing::warn!(kernel = launch.spec.kernel, %refusal, "a launch failed");
+                self.answer(launch.reply, Err(refusal));
+                return;
+            }
+        };
+        let Launch {
+            mut spec,
+            name,
+            placed,
+            caller,
+            reply,
+        } = launch;
+        if self.stop != StopState::Running {
+            tokio::spawn(crate::launch::see_off(
+                ready.spawned,
+                self.context.journal.clone(),
+            ));
+            self.answer(reply, Err(stopping()));
+            return;
+        }
+        spec.iterations = Some(ready.readiness.iterations);
+        spec.name = Some(name.clone());
+        match self.adopt(&spec, name, placed, ready) {
+            Ok(node) => self.start(node, &spec, caller, reply),
+            Err(refusal) => self.answer(reply, Err(refusal)),
+        }
+    }
+
+    /// Makes a ready worker an entry.
+    fn adopt(
+        &mut self,
+        spec: &WorkloadSpec,
+        name: String,
+        placed: Option<Vec<u32>>,
+        ready: Ready,
+    ) -> Result<NodeId, Refusal> {
+        let Ready {
+            spawned,
+            link,
+            readiness,
+            channels,
+        } = ready;
+        let pid = spawned.pid;
+        let pidfd = spawned.pidfd.try_clone().map_err(|error| {
+            Refusal::Failed(format!("a worker's pidfd could not be kept: {error}"))
+        })?;
+        let (node, entry) = (self.fresh_node(), self.fresh_node());
+        let sender = link.adopt(entry, self.events.clone());
+        tokio::spawn(crate::launch::watch(
+            spawned,
+            entry,
+            self.events.clone(),
+            self.context.journal.clone(),
+        ));
+        let stuck_after = u64::try_from(self.config.stuck_after.as_nanos()).unwrap_or(u64::MAX);
+        let counters = gcgroup_kernels::protocol::Counters {
+            sm_count: readiness.sm_count,
+            ..gcgroup_kernels::protocol::Counters::default()
+        };
+        let proc = Proc {
+            node,
+            entry,
+            pid,
+            gpu: spec.gpu,
+            facts: procfs::facts(pid),
+            workload: Arc::new(Workload {
+                name,
+                spec: spec.to_json(),
+            }),
+            settings: Settings {
+                // The timeslice is set by a job of its own, below.
+                priority: if channels.is_some() {
+                    Priority::default()
+                } else {
+                    spec.priority
+                },
+                freeze: Switch::Off,
+                max: spec.compute_max,
+                partition: spec.partition.clone(),
+            },
+            counters,
+            readiness,
+            samples: Arc::default(),
+            sender,
+            pidfd,
+            channels,
+            placed,
+            lane: Lane::new(stuck_after),
+            next_deadline: None,
+            jobs: HashMap::new(),
+            frozen_since: None,
+            refreshed_ns: now_ns(),
+            kill: None,
+        };
+        tracing::info!(
+            pid,
+            gpu = spec.gpu,
+            name = proc.workload.name,
+            kernel = spec.kernel,
+            "workload launched"
+        );
+        self.procs.insert(entry, proc);
+        self.counters.launched += 1;
+        self.publish(entry);
+        self.publish_gpu(spec.gpu);
+        self.tell(
+            entry,
+            Command::ReportEvery {
+                ms: self.report_every_ms,
+            },
+        );
+        self.reconcile(entry);
+        Ok(entry)
+    }
+
+    /// Sets what is not set yet and starts it, at its barrier where it has one.
+    fn start(&mut self, node: NodeId, spec: &WorkloadSpec, caller: Caller, reply: Reply) {
+        let Some(proc) = self.procs.get(&node) else {
+            self.answer(reply, Err(Refusal::Gone("the workload".to_owned())));
+            return;
+        };
+        let pid = proc.pid;
+        if proc.settings.priority != spec.priority {
+            let setting = gcgroup_model::change::Setting::Priority(spec.priority);
+            let order = Order {
+                node,
+                op: Op::Priority(spec.priority),
+                undo: None,
+            };
+            self.open_ticket(Some(caller), None, Commit::Set(node, setting), vec![order]);
+        }
+        let Some(Barrier { name, count }) = &spec.barrier else {
+            let order = Order {
+                node,
+                op: Op::Start,
+                undo: None,
+            };
+            self.open_ticket(
+                Some(caller),
+                Some(reply),
+                Commit::Started(node),
+                vec![order],
+            );
+            return;
+        };
+        // It has its entry and waits; who launches the others could not read an
+        // answer that came only with the last of them.
+        let answer = self.launch_answer(node);
+        self.answer(reply, answer);
+        for pid in self.barriers.arrive(name, *count, pid) {
+            let Some(node) = self.by_pid(pid).map(|proc| proc.entry) else {
+                continue;
+            };
+            let order = Order {
+                node,
+                op: Op::Start,
+                undo: None,
+            };
+            self.open_ticket(None, None, Commit::Started(node), vec![order]);
+        }
+    }
+
+    pub(super) fn launch_answer(&self, node: NodeId) -> Result<Done, Refusal> {
+        let gone = || Refusal::Gone("the workload".to_owned());
+        let proc = self.procs.get(&node).ok_or_else(gone)?;
+        Ok(Done::Launched {
+            pid: proc.pid,
+            gpu: proc.gpu,
+            name: proc.workload.name.clone(),
+        })
+    }
+}

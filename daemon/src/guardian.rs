@@ -1,0 +1,55 @@
+//! The guardian: a process that holds the service's pidfd and undoes what the
+//! service left behind when it dies.
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+use crate::recover;
+
+/// Starts the guardian of this process.
+///
+/// # Errors
+/// Those of pidfd_open(2) and of starting it.
+pub(crate) fn start(state: &Path) -> Result<Child> {
+    let pidfd =
+        pidfd_open(getpid(), PidfdFlags::empty()).context("cannot open a pidfd of the service")?;
+    Command::new("/proc/self/exe")
+        .arg0("gcgroupd-guardian")
+        .arg("guardian")
+        .arg("--state")
+        .arg(state)
+        .current_dir("/")
+        .stdin(pidfd)
+        .stdout(Stdio::null())
+        // Out of reach of a terminal's signals and of its hang-up.
+        .process_group(0)
+        .spawn()
+        .context("cannot start the guardian")
+}
+
+/// The guardian's life: waits for the service's end, then recovers. After an
+/// orderly end there is nothing left to undo.
+///
+/// # Errors
+/// What could not be undone.
+pub(crate) fn run(state: &Path) -> Result<()> {
+    let stdin = std::io::stdin();
+    loop {
+        let mut service = [PollFd::new(&stdin, PollFlags::IN)];
+        match poll(&mut service, None) {
+            Ok(_) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for the service's end"),
+        }
+    }
+    match recover::run(state) {
+        // The next service was faster: its start has recovered already.
+        Err(error) if error.to_string().contains("in use") => Ok(()),
+        other => other,
+    }
+}

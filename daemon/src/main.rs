@@ -1,0 +1,164 @@
+//! gcgroupd: control files for every process on an NVIDIA GPU.
+//!
+//! One program in several processes: the service, its guardian, the workers it
+//! launches, and the simulated GPU. It starts itself again for each of them.
+
+mod clock;
+mod config;
+mod controller;
+mod demo;
+mod guardian;
+mod host;
+mod identity;
+mod journal;
+mod launch;
+mod link;
+mod mps;
+mod procfs;
+mod prove;
+mod recover;
+mod sandbox;
+mod serve;
+mod spawn;
+mod worker_main;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use gcgroup_device_sim::{AppOptions, SimOptions};
+use tracing_subscriber::EnvFilter;
+
+use config::{Config, DEFAULT_STATE, Flags};
+
+/// Control files for every process on an NVIDIA GPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "gcgroupd",
+    version,
+    about,
+    args_conflicts_with_subcommands = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the control files (also what gcgroupd does without a command)
+    Serve(Flags),
+    /// Show two workloads in two partitions, freeze one, and clean up
+    Demo(demo::DemoArgs),
+    /// Undo what a service left behind that ended without cleaning up
+    Recover(RecoverArgs),
+    /// The process of one workload; started by the service
+    #[command(hide = true)]
+    Worker,
+    /// The process that recovers when the service dies; started by the service
+    #[command(hide = true)]
+    Guardian(StateArg),
+    /// The simulated GPU; started by the service
+    #[command(hide = true)]
+    SimGpu(SimGpuArgs),
+    /// A program of somebody else on the simulated GPU
+    #[command(hide = true)]
+    SimApp(SimAppArgs),
+}
+
+#[derive(Debug, Args)]
+struct RecoverArgs {
+    /// State directory of the service
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    state: PathBuf,
+    /// The service ran on a simulated host (which recovers by itself)
+    #[arg(long, value_name = "GPUS", num_args = 0..=1, require_equals = true, default_missing_value = "1")]
+    sim: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+struct StateArg {
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct SimGpuArgs {
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: u32,
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Debug, Args)]
+struct SimAppArgs {
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    #[arg(long, value_name = "INDEX", default_value_t = 0)]
+    gpu: u32,
+    /// Bytes that it allocates, with an optional K, M, G or T
+    #[arg(long, value_name = "BYTES", default_value = "1G")]
+    memory: String,
+    /// Length of its kernels in microseconds
+    #[arg(long, value_name = "USEC", default_value_t = 500)]
+    kernel_us: u64,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gcgroupd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        None => serve::run(Config::load(&cli.flags)?),
+        Some(Command::Serve(flags)) => serve::run(Config::load(&flags)?),
+        Some(Command::Demo(args)) => demo::run(&args),
+        Some(Command::Recover(args)) => serve::recover(&args.state),
+        Some(Command::Worker) => worker_main::run(),
+        Some(Command::Guardian(args)) => guardian::run(&args.state),
+        Some(Command::SimGpu(args)) => sim_gpu(args),
+        Some(Command::SimApp(args)) => sim_app(&args),
+    }
+}
+
+fn sim_gpu(args: SimGpuArgs) -> Result<()> {
+    gcgroup_device_sim::serve(&SimOptions {
+        gpus: args.gpus,
+        seed: args.seed,
+        ..SimOptions::new(args.state)
+    })?;
+    Ok(())
+}
+
+fn sim_app(args: &SimAppArgs) -> Result<()> {
+    let memory_bytes =
+        gcgroup_model::value::bytes(&args.memory, "bytes, with an optional K, M, G or T")?;
+    gcgroup_device_sim::run_app(&AppOptions {
+        state: args.state.clone(),
+        gpu: args.gpu,
+        memory_bytes,
+        kernel_us: args.kernel_us,
+    })?;
+    Ok(())
+}

@@ -1,0 +1,1 @@
+"""Measures a running gcgroup on one GPU through its control files."""

@@ -1,0 +1,112 @@
+"""compute.priority under temporal sharing: GPU time by timeslice."""
+
+import time
+
+from gcg import numbers
+from gcg.bench import FMA, Bench
+from gcg.figure import Figure, Result, Skip, Table, verdict
+from gcg.service import Workload
+
+# Two blocks of 1024 threads an SM: either fills the GPU, so no kernel of the other
+# fits beside it even where the driver would allow that.
+_BLOCKS = "per-sm:2"
+_MAIN = (4, 8)
+_CURVE = ((0, 8), (2, 8), (6, 8), (8, 8), (8, 10), (8, 12), (8, 15))
+_TOLERANCE = 0.15
+# A stretch lasts so long, seconds, and at least so many turns of both.
+_LEAST_S, _TURNS = 3.0, 11
+_SOLO_S = 1.0
+# For channel control to prove itself on workers of the service's own.
+_PROOF_S = 40.0
+
+
+def slice_us(priority: int) -> float:
+    """Timeslice that a priority stands for, microseconds."""
+    return float(524_288 >> priority)
+
+
+def _await_channels(bench: Bench) -> None:
+    until = time.monotonic() + _PROOF_S
+    while (by := bench.service.enforcer("compute.priority")) != "channel":
+        if time.monotonic() > until:
+            raise Skip(f"compute.priority has no enforcer under temporal sharing: {by}")
+        time.sleep(0.1)
+
+
+class _Pair:
+    """Two workloads whose queues never run empty."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        first = bench.launch_frozen(**FMA, name="first", blocks=_BLOCKS)
+        spec = {**FMA, "blocks": _BLOCKS, "iterations": first.spec()["iterations"]}
+        self._work: tuple[Workload, Workload] = (first, bench.launch_frozen(**spec, name="second"))
+        self.iteration_us = [self._solo(workload) for workload in self._work]
+
+    def _solo(self, workload: Workload) -> float:
+        """Microseconds of an iteration alone, over all blocks."""
+        took_s, (grown,) = self._bench.counted([workload], _SOLO_S)
+        return took_s * 1e6 / grown["nr_iterations"]
+
+    def run(self, priorities: tuple[int, int]) -> dict[str, object]:
+        """Runs both at these priorities; GPU times in seconds, and timeslices."""
+        for workload, priority in zip(self._work, priorities, strict=True):
+            workload.write("compute.priority", priority)
+        seconds = max(_LEAST_S, _TURNS * sum(map(slice_us, priorities)) / 1e6)
+        took_s, grown = self._bench.counted(self._work, seconds)
+        gpu_s = [
+            counters["nr_iterations"] * us / 1e6
+            for counters, us in zip(grown, self.iteration_us, strict=True)
+        ]
+        slices = [workload.stat().get("timeslice_usec") for workload in self._work]
+        return {
+            "priorities": priorities,
+            "wall_s": took_s,
+            "gpu_s": gpu_s,
+            "ratio": gpu_s[0] / gpu_s[1] if gpu_s[1] else float("inf"),
+            "timeslices_us": slices,
+            "counters": grown,
+        }
+
+
+def _row(run: dict) -> list[str]:
+    first, second = run["priorities"]
+    wanted = slice_us(first) / slice_us(second)
+    share = sum(run["gpu_s"]) / run["wall_s"] * 100
+    return [
+        f"{first} and {second}",
+        " and ".join(str(us) for us in run["timeslices_us"]),
+        f"{wanted:.3g} : 1",
+        f"{run['ratio']:.3g} : 1",
+        f"{numbers.changed(run['ratio'], wanted):+.0f}%",
+        f"{share:.1f}%",
+        f"{run['wall_s']:.1f}",
+    ]
+
+
+def measure(bench: Bench) -> Result:
+    """The pair with a figure four times, in both orders, and the curve."""
+    _await_channels(bench)
+    pair = _Pair(bench)
+    main = [pair.run(order) for order in (_MAIN, _MAIN[::-1], _MAIN, _MAIN[::-1])]
+    ratios = [run["ratio"] if run["priorities"] == _MAIN else 1 / max(run["ratio"], 1e-9) for run in main]
+    curve = [pair.run(priorities) for priorities in _CURVE]
+    wanted = slice_us(_MAIN[0]) / slice_us(_MAIN[1])
+    ratio = numbers.median(ratios)
+    figure = Figure(
+        "temporal, priorities 4 and 8, queues never empty",
+        f"GPU time {wanted:.0f} : 1, within {_TOLERANCE:.0%}",
+        f"{ratio:.2f} : 1 ({numbers.changed(ratio, wanted):+.1f}%); each {', '.join(f'{r:.2f}' for r in ratios)}",
+        f"{len(ratios)} stretches of {main[0]['wall_s']:.1f} s, both orders",
+        verdict(abs(ratio / wanted - 1) <= _TOLERANCE),
+    )
+    header = ["priorities", "timeslices us", "expected", "GPU time", "off by", "work done of wall time", "s"]
+    return Result(
+        [figure],
+        [Table("GPU time by priority", header, [_row(run) for run in main + curve])],
+        [
+            "GPU time is iterations done x the time of one alone, measured in the same run. What is missing from "
+            "100% of wall time went into context switches: short slices are flattened by them."
+        ],
+        {"iteration_us": pair.iteration_us, "runs": main + curve},
+    )
