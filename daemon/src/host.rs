@@ -13,9 +13,11 @@ use gcgroup_device::{
 };
 use gcgroup_device_nvidia::NvidiaHost;
 use gcgroup_device_sim::SimHost;
+use parking_lot::Mutex;
 
 /// A host that may not be there yet.
 pub(crate) struct Awaited {
+    opening: Mutex<()>,
     found: OnceLock<Arc<dyn Host>>,
     /// Opens it, again and again until it is there.
     open: Box<dyn Fn() -> Result<Arc<dyn Host>, DeviceError> + Send + Sync>,
@@ -29,6 +31,7 @@ impl Awaited {
 
     fn new(open: impl Fn() -> Result<Arc<dyn Host>, DeviceError> + Send + Sync + 'static) -> Self {
         Self {
+            opening: Mutex::new(()),
             found: OnceLock::new(),
             open: Box::new(open),
         }
@@ -50,6 +53,11 @@ impl Awaited {
     /// # Errors
     /// [`DeviceError::NoDriver`] while there is none.
     pub(crate) fn get(&self) -> Result<&Arc<dyn Host>, DeviceError> {
+        if let Some(found) = self.found.get() {
+            return Ok(found);
+        }
+        // Opened once, however many ask at the same time.
+        let _one = self.opening.lock();
         if let Some(found) = self.found.get() {
             return Ok(found);
         }

@@ -22,6 +22,8 @@ mod serve;
 mod spawn;
 mod worker_main;
 
+use std::ffi::CStr;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -69,6 +71,18 @@ enum Command {
     SimApp(SimAppArgs),
 }
 
+impl Command {
+    /// Name of the process in ps(1), for those that the service starts.
+    fn process_name(&self) -> Option<&'static CStr> {
+        match self {
+            Self::Worker => Some(c"gcgroupd-worker"),
+            Self::Guardian(_) => Some(c"gcgroupd-guard"),
+            Self::SimGpu(_) => Some(c"gcgroupd-sim"),
+            Self::Serve(_) | Self::Demo(_) | Self::Recover(_) | Self::SimApp(_) => None,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 struct RecoverArgs {
     /// State directory of the service
@@ -111,6 +125,11 @@ struct SimAppArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(name) = cli.command.as_ref().and_then(Command::process_name) {
+        // Started through a link in /proc, it would be called after the link. A
+        // name that is not taken is no reason not to work.
+        let _ = rustix::thread::set_name(name);
+    }
     log_to_stderr();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -126,6 +145,7 @@ fn log_to_stderr() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
 }
 

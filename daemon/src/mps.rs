@@ -99,6 +99,9 @@ impl MpsKeeper {
 
     fn end(&self, running: Running) {
         running.server.stop();
+        if let Err(error) = std::fs::remove_dir_all(&running.directory) {
+            tracing::warn!(%error, directory = %running.directory.display(), "an MPS directory is left behind");
+        }
         if let Err(error) = self.journal.drop_mps(&running.directory) {
             tracing::warn!(%error, "the journal still lists an MPS server that has ended");
         }

@@ -61,7 +61,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
         .build()
         .context("cannot start the runtime")?;
     let state = config.state.clone();
-    let end = runtime.block_on(serve(config, Options2 { worker, gid }, journal))?;
+    let end = runtime.block_on(serve(config, Owners { worker, gid }, journal))?;
     // Threads that hang in the driver do not keep the service from ending.
     runtime.shutdown_timeout(Duration::from_millis(500));
     // What a hanging driver has kept is ended now, as after a crash.
@@ -88,12 +88,12 @@ fn abort_on_panic() {
 }
 
 /// Users and groups that were looked up.
-struct Options2 {
+struct Owners {
     worker: identity::Identity,
     gid: u32,
 }
 
-async fn serve(config: Config, who: Options2, journal: Arc<Journal>) -> Result<End> {
+async fn serve(config: Config, who: Owners, journal: Arc<Journal>) -> Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let host = Arc::new(match config.sim {
@@ -168,17 +168,17 @@ async fn find_gpus(host: Arc<Awaited>, events: UnboundedSender<Event>) {
     let mut told = false;
     loop {
         let asked = host.clone();
-        match blocking(move || asked.gpus()).await {
-            Ok(Ok(gpus)) => {
-                if events.send(Event::Found(gpus)).is_err() {
-                    return;
-                }
-            }
-            Ok(Err(error)) if !told => {
-                told = true;
-                tracing::warn!(%error, "waiting for a driver");
-            }
-            _ => {}
+        let found = blocking(move || asked.gpus()).await;
+        if let Ok(Err(error)) = &found
+            && !told
+        {
+            told = true;
+            tracing::warn!(%error, "waiting for a driver");
+        }
+        if let Ok(Ok(gpus)) = found
+            && events.send(Event::Found(gpus)).is_err()
+        {
+            return;
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }

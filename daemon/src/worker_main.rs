@@ -22,7 +22,7 @@ pub(crate) fn run() -> Result<()> {
         .as_fd()
         .try_clone_to_owned()
         .context("standard input is not open")?;
-    worker::run(control.into(), open).context("the worker failed")
+    worker::run(control, open).context("the worker failed")
 }
 
 fn open(address: &GpuAddress) -> Result<Box<dyn Engine>, EngineError> {

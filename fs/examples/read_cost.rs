@@ -4,9 +4,10 @@
 //! trees: a bare one that answers every read with a constant, and ours with 32
 //! processes whose snapshot is published ten times a second. Both have the same
 //! mount options, threads, times to live and depth. A client process reads one
-//! file of each in turn (A B A B), so that both see the same machine; it runs on
-//! the first CPU and all servers on the second, because a wake-up costs twice as
-//! much or half depending on where the scheduler happened to put a thread.
+//! file of each in turn (A B A B), so that both see the same machine. Client and
+//! servers share one CPU: a wake-up across CPUs costs several times as much or
+//! not, depending on where the scheduler put a thread, and would hide what the
+//! trees themselves cost.
 //!
 //! This example imports the FUSE library, which the crate itself does in its
 //! session module alone: the bare tree is not part of the product.
@@ -41,18 +42,17 @@ const ROUNDS: usize = 20_000;
 /// First of the 32 pids.
 const FIRST_PID: u32 = 4_000_001;
 
-/// CPU of the client, and CPU of the threads of both trees.
-const CPUS: [usize; 2] = [0, 0];
+/// CPU of the client and of the threads of both trees.
+const CPU: usize = 0;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
-/// Keeps this process, and the threads it will start, on one CPU; a host with one
-/// CPU has them there anyway.
-fn stay_on(cpu: usize) {
+/// Keeps this process, and what it will start, on one CPU.
+fn stay_on_one_cpu() {
     let mut set = CpuSet::new();
-    set.set(cpu);
+    set.set(CPU);
     if let Err(errno) = sched_setaffinity(None, &set) {
-        eprintln!("not kept on CPU {cpu}: {errno}");
+        eprintln!("not kept on CPU {CPU}: {errno}");
     }
 }
 
@@ -65,7 +65,7 @@ fn main() -> Outcome {
 }
 
 fn serve() -> Outcome {
-    stay_on(CPUS[1]);
+    stay_on_one_cpu();
     let directory = tempfile::tempdir()?;
     let (bare, ours) = (directory.path().join("bare"), directory.path().join("ours"));
     std::fs::create_dir(&bare)?;
@@ -108,7 +108,6 @@ fn serve() -> Outcome {
 
 /// Reads both trees in turn and prints what it took.
 fn client(roots: &[String]) -> Outcome {
-    stay_on(CPUS[0]);
     println!("{ROUNDS} reads of each kind, microseconds, bare and ours in turn");
     println!(
         "{:<18} {:<16} {:>9} {:>9} {:>9} {:>9} {:>6}",

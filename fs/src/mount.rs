@@ -72,6 +72,8 @@ pub enum Cleaned {
 struct MountLine {
     id: u64,
     parent: u64,
+    /// Major and minor number of the file system instance.
+    device: String,
     point: PathBuf,
     fs_type: String,
 }
@@ -79,8 +81,9 @@ struct MountLine {
 /// A mount of ours that stands.
 #[derive(Debug)]
 pub struct OwnMount {
-    path: PathBuf,
-    id: u64,
+    /// As mountinfo had it when it was new. Of these the kernel uses ids and
+    /// device numbers again, at once, so neither tells it from another alone.
+    line: MountLine,
 }
 
 /// Mounts at `path` and returns the descriptor that serves it.
@@ -106,7 +109,7 @@ pub fn mount(path: &Path) -> Result<(OwnMount, OwnedFd), MountError> {
     rustix::mount::mount("gcgroup", &path, FS_TYPE, mount_flags, options.as_c_str())
         .map_err(|errno| wrong(errno.into()))?;
     match topmost(&path) {
-        Ok(Some(line)) if line.fs_type == FS_TYPE => Ok((OwnMount { path, id: line.id }, fd)),
+        Ok(Some(line)) if line.fs_type == FS_TYPE => Ok((OwnMount { line }, fd)),
         Ok(_) => Err(wrong(Errno::STALE.into())),
         Err(source) => Err(wrong(source)),
     }
@@ -116,7 +119,12 @@ impl OwnMount {
     /// Where it is mounted, without symlinks.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.line.point
+    }
+
+    fn is(&self, line: &MountLine) -> bool {
+        let ours = &self.line;
+        line.id == ours.id && line.device == ours.device && line.fs_type == ours.fs_type
     }
 
     /// Whether it still is part of this process's mounts.
@@ -124,7 +132,7 @@ impl OwnMount {
     /// # Errors
     /// /proc cannot be read.
     pub fn stands(&self) -> io::Result<bool> {
-        Ok(read_mounts()?.iter().any(|line| line.id == self.id))
+        Ok(read_mounts()?.iter().any(|line| self.is(line)))
     }
 
     /// Takes it away. What somebody else mounted over it, or in its place, stays.
@@ -133,14 +141,14 @@ impl OwnMount {
     /// [`MountError::Unmount`].
     pub fn detach(&self) -> Result<(), MountError> {
         let failed = |source: io::Error| MountError::Unmount {
-            path: self.path.clone(),
+            path: self.path().to_owned(),
             source,
         };
-        match topmost(&self.path).map_err(failed)? {
-            Some(line) if line.id == self.id => detach(&self.path).map_err(failed),
+        match topmost(self.path()).map_err(failed)? {
+            Some(line) if self.is(&line) => detach(self.path()).map_err(failed),
             None => Ok(()),
             Some(_) => {
-                tracing::warn!(path = %self.path.display(), "not unmounted: something else is mounted there");
+                tracing::warn!(path = %self.path().display(), "not unmounted: something else is mounted there");
                 Ok(())
             }
         }
@@ -250,7 +258,8 @@ fn parse(line: &str) -> Option<MountLine> {
     Some(MountLine {
         id: fields.next()?.parse().ok()?,
         parent: fields.next()?.parse().ok()?,
-        point: PathBuf::from(unescape(fields.nth(2)?)),
+        device: fields.next()?.to_owned(),
+        point: PathBuf::from(unescape(fields.nth(1)?)),
         fs_type: system.split(' ').next()?.to_owned(),
     })
 }
@@ -288,6 +297,7 @@ mod tests {
         MountLine {
             id,
             parent,
+            device: format!("0:{id}"),
             point: PathBuf::from(point),
             fs_type: fs_type.to_owned(),
         }
@@ -297,12 +307,12 @@ mod tests {
     fn a_line_of_mountinfo_is_read_with_and_without_tags() {
         assert_eq!(
             parse(
-                "36 35 98:0 / /run/a\\040b rw,noatime master:1 shared:2 - fuse.gcgroup gcgroup rw,user_id=0"
+                "36 35 0:36 / /run/a\\040b rw,noatime master:1 shared:2 - fuse.gcgroup gcgroup rw,user_id=0"
             ),
             Some(line(36, 35, "/run/a b", "fuse.gcgroup"))
         );
         assert_eq!(
-            parse("22 1 0:21 / /proc rw - proc proc rw"),
+            parse("22 1 0:22 / /proc rw - proc proc rw"),
             Some(line(22, 1, "/proc", "proc"))
         );
         assert_eq!(parse("22 1 0:21"), None);

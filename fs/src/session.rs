@@ -16,6 +16,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags as Events, eventfd, poll};
 
 use self::adapter::Adapter;
@@ -23,8 +24,9 @@ use crate::mount::{self, MountError, OwnMount};
 use crate::operation::Operations;
 use crate::service::{Options, Service};
 
-/// Threads that take requests. With one, a reader would wait behind each other
-/// reader; more than two gained nothing.
+/// Threads that take requests, each from a descriptor of its own. No handler waits
+/// for anything, so the second is there for a reader that comes while the first
+/// renders.
 const THREADS: usize = 2;
 
 /// How long an unmount waits for the last request to be answered. A descriptor
@@ -36,7 +38,7 @@ pub struct Mounted {
     core: Arc<Operations>,
     mount: Arc<OwnMount>,
     state: Arc<State>,
-    ended: mpsc::Receiver<()>,
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 /// What the threads of one mount share.
@@ -87,7 +89,7 @@ impl Mounted {
             core,
             mount: Arc::new(mount),
             state,
-            ended,
+            ended: Mutex::new(ended),
         };
         mounted
             .serve(gid, device, sender)
@@ -155,7 +157,7 @@ impl Mounted {
         self.state.stop();
         self.mount.detach()?;
         // Both that it ended and that it did not are fine.
-        let _ = self.ended.recv_timeout(FAREWELL);
+        let _ = self.ended.lock().recv_timeout(FAREWELL);
         Ok(())
     }
 }

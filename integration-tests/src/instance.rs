@@ -28,10 +28,15 @@ const ENDED: Duration = Duration::from_secs(15);
 /// call that waits for it.
 const HUNG: Duration = Duration::from_secs(150);
 
+/// What devices/<gpu>/gcgroup.enforcers says once a trial has shown that channel
+/// control acts.
+const CHANNELS_PROVED: &str = "compute.priority channel\n";
+
 /// How a service shall be started.
 #[derive(Clone, Debug)]
 pub struct Setup {
     gpus: u32,
+    temporal: bool,
     settings: String,
     deadlines: String,
 }
@@ -48,6 +53,7 @@ impl Setup {
     pub fn new() -> Self {
         Self {
             gpus: 1,
+            temporal: false,
             settings: String::new(),
             deadlines: String::new(),
         }
@@ -76,7 +82,8 @@ impl Setup {
 
     /// Workers one after the other instead of side by side.
     #[must_use]
-    pub fn temporal(self) -> Self {
+    pub fn temporal(mut self) -> Self {
+        self.temporal = true;
         self.setting("sharing", "\"temporal\"")
     }
 
@@ -247,17 +254,24 @@ impl Instance {
             .expect("the service starts");
         self.watchdog = Some(Watchdog::new(child.id(), self.root()));
         self.child = Some(child);
-        let gpus: Vec<_> = (0..self.setup.gpus)
-            .map(|gpu| self.path(format!("devices/{gpu}")))
-            .collect();
+        let gpus = 0..self.setup.gpus;
         let ready = wait::becomes(READY, || {
-            self.has_ended() || gpus.iter().all(|gpu| gpu.exists())
+            self.has_ended() || gpus.clone().all(|gpu| self.is_served(gpu))
         });
         assert!(
             ready && !self.has_ended(),
             "the service did not come up:\n{}",
             self.log()
         );
+    }
+
+    /// Whether a GPU is there with every mechanism that it shall have. It is
+    /// read, because the kernel remembers for a while what a mount had whose
+    /// service is gone. Under temporal sharing a trial of channel control goes
+    /// on for a while after the GPU is there.
+    fn is_served(&self, gpu: u32) -> bool {
+        let mechanisms = self.read(format!("devices/{gpu}/gcgroup.enforcers"));
+        mechanisms.is_ok_and(|text| !self.setup.temporal || text.contains(CHANNELS_PROVED))
     }
 
     fn has_ended(&mut self) -> bool {

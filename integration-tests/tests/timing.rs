@@ -22,6 +22,12 @@ fn alone() -> MutexGuard<'static, ()> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// A workload whose launches last 5 ms on all SMs, so that its queue bridges a
+/// worker that does not get a processor for a while.
+fn long_fma(partition: &str) -> serde_json::Value {
+    json!({"kernel": "fma_fp32", "blocks": 132, "iterations": 300_000, "partition": partition})
+}
+
 fn switch(instance: &Instance, state: u8, workloads: &[&Launched]) {
     let pids: Vec<_> = workloads.iter().map(|w| w.pid.to_string()).collect();
     instance.set("gcgroup.freeze", &format!("{state} {}", pids.join(" ")));
@@ -65,7 +71,7 @@ fn half_the_sms_are_half_the_speed() {
     let _alone = alone();
     let instance = Instance::new();
     instance.partition("a", 128);
-    let workload = instance.launch(&json!({"kernel": "fma_fp32", "partition": "a"}));
+    let workload = instance.launch(&long_fma("a"));
     let second = Duration::from_secs(1);
     let whole = speeds(&instance, &[&workload], second)[0];
     for (sms, share) in [("64", 0.5), ("32", 0.25), ("128", 1.0)] {
@@ -85,9 +91,9 @@ fn partitions_do_not_disturb_each_other_but_two_in_one_share_it() {
     instance.partition("a", 64);
     instance.partition("b", 64);
     let lasting = Duration::from_millis(1500);
-    let one = instance.launch(&json!({"kernel": "fma_fp32", "partition": "a"}));
+    let one = instance.launch(&long_fma("a"));
     let solo = speeds(&instance, &[&one], lasting)[0];
-    let two = instance.launch(&json!({"kernel": "fma_fp32", "partition": "b"}));
+    let two = instance.launch(&long_fma("b"));
     let apart = speeds(&instance, &[&one, &two], lasting);
     assert_about(apart[0], solo, 0.1);
     instance.set(two.file("compute.partition"), "a");
@@ -112,7 +118,8 @@ fn a_quota_is_a_share_of_gpu_time() {
     let workloads: Vec<_> = quotas
         .iter()
         .map(|(quota, _)| {
-            let spec = json!({"kernel": "fma_fp32", "blocks": 32, "compute_max": quota});
+            let mut spec = long_fma("none");
+            spec["compute_max"] = json!(quota);
             instance.launch(&spec)
         })
         .collect();
@@ -169,8 +176,8 @@ fn under_temporal_sharing_priority_is_a_share_of_time() {
     let _alone = alone();
     let instance = Setup::new().temporal().start();
     let enforcers = |workload: &Launched| instance.text(workload.file("gcgroup.enforcers"));
-    let one = instance.launch_fma();
-    let two = instance.launch_fma();
+    let one = instance.launch(&long_fma("none"));
+    let two = instance.launch(&long_fma("none"));
     assert!(
         enforcers(&one).contains("compute.priority channel"),
         "{}",

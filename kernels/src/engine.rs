@@ -181,9 +181,9 @@ pub trait Engine {
     /// `poll` clears it.
     fn wait_fd(&self) -> BorrowedFd<'_>;
 
-    /// Raises the stop flag: everything in flight ends soon (a sliced kernel at
-    /// its next look, an uncut one at its end), and what is submitted later
-    /// ends at once.
+    /// Raises the stop flag: what is in flight ends soon, a sliced kernel at its
+    /// next look, an uncut one at its end. Sliced launches submitted later end at
+    /// once; uncut ones never look and must not be submitted.
     ///
     /// # Errors
     /// Those of the driver.

@@ -46,10 +46,14 @@ pub use serve::{WorkerError, run};
 /// enough that a launch's own cost (some 5 us) does not show, short enough that
 /// counters move visibly.
 pub const LAUNCH_US: f64 = 500.0;
-/// Distance of a sliced kernel's looks at the stop flag, microseconds. A look
-/// is hidden behind the work (no slow-down was seen at 36 us), and a stop takes
-/// one to two of them beside the 20 us of setting the flag.
-pub const POLL_US: f64 = 10.0;
+/// Distance of a sliced kernel's looks at the stop flag, microseconds. On an
+/// H200 looks every 20 us make a compute kernel 0.5 to 2.8% slower and a stop
+/// take 51 us (p50); every 10 us 1.7 to 5.9% and 37 us
+/// (docs/measurements/engine.md).
+pub const POLL_US: f64 = 20.0;
+/// Units between two looks are a multiple of this where there are more: the
+/// kernels' loops are unrolled so far at most, and a remainder runs one by one.
+const POLL_UNITS_STEP: u32 = 32;
 /// Launches that are not reported yet, at most; older ones are forgotten.
 pub const SAMPLES_MAX: usize = 1024;
 /// Milliseconds between two reports until the service says otherwise.

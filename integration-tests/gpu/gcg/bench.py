@@ -75,13 +75,18 @@ class Phase:
 class Bench:
     """What a part gets."""
 
-    binary: Path
+    # Where the binaries are.
     directory: Path
     sim: bool
     # The GPU's UUID, `None` for the simulated one.
     uuid: str | None
     _service: Service | None = field(default=None)
     _unit_us: float | None = field(default=None)
+
+    @property
+    def gcgroupd(self) -> Path:
+        """The service's binary."""
+        return self.directory / "gcgroupd"
 
     @property
     def service(self) -> Service:
@@ -98,7 +103,7 @@ class Bench:
         """For workers without the service, which must not run at the same time."""
         if self._service is not None:
             raise RuntimeError("workers by hand beside a service would share its GPU")
-        return Rig(self.binary, self.uuid)
+        return Rig(self.gcgroupd, self.uuid)
 
     def sizes(self) -> Sizes:
         """SMs of this GPU."""

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # Beside PATH: where drivers and container runtimes put their programs.
@@ -45,6 +46,7 @@ def _query(fields: str) -> list[str] | None:
     return [value.strip() for value in lines[0].split(",")]
 
 
+@cache
 def find_gpu() -> Gpu | None:
     """The GPU with NVML index 0."""
     values = _query("name,uuid,driver_version")

@@ -1,6 +1,7 @@
-"""Order statistics. Percentiles are of the sample itself: no interpolation."""
+"""Order statistics. Percentiles are values of the sample: no interpolation."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median(values: Sequence[float]) -> float:
-    """The nearest-rank median."""
-    return percentile(values, 50)
+    """The median: of an even number of values the mean of the middle two."""
+    return statistics.median(values)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -7,12 +7,14 @@ from gcg.bench import FMA, Bench
 from gcg.figure import Figure, Result, Skip, Table, verdict
 from gcg.service import Workload
 
-# Two blocks of 1024 threads an SM: either fills the GPU, so no kernel of the other
-# fits beside it even where the driver would allow that.
-_BLOCKS = "per-sm:2"
 _MAIN = (4, 8)
 _CURVE = ((0, 8), (2, 8), (6, 8), (8, 8), (8, 10), (8, 12), (8, 15))
 _TOLERANCE = 0.15
+# A launch, microseconds: with 8 in flight no queue runs empty while the host's thread
+# waits for a processor, and the driver takes no slice away for it.
+_LAUNCH_US = 2000.0
+# Two blocks of 1024 threads an SM: either workload fills the GPU.
+_PER_SM = 2
 # A stretch lasts so long, seconds, and at least so many turns of both.
 _LEAST_S, _TURNS = 3.0, 11
 _SOLO_S = 1.0
@@ -38,9 +40,9 @@ class _Pair:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        first = bench.launch_frozen(**FMA, name="first", blocks=_BLOCKS)
-        spec = {**FMA, "blocks": _BLOCKS, "iterations": first.spec()["iterations"]}
-        self._work: tuple[Workload, Workload] = (first, bench.launch_frozen(**spec, name="second"))
+        iterations = bench.iterations(_LAUNCH_US / _PER_SM)
+        spec = {**FMA, "blocks": f"per-sm:{_PER_SM}", "iterations": iterations}
+        self._work: list[Workload] = [bench.launch_frozen(**spec, name=name) for name in ("first", "second")]
         self.iteration_us = [self._solo(workload) for workload in self._work]
 
     def _solo(self, workload: Workload) -> float:

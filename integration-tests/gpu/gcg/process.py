@@ -60,6 +60,15 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
+def arguments(pid: int) -> list[str]:
+    """Its command line, empty where it has ended."""
+    try:
+        text = (_PROC / str(pid) / "cmdline").read_text(errors="replace")
+    except OSError:
+        return []
+    return text.split("\0")
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of all its threads, user and system, in seconds (ticks of 10 ms)."""
     fields = _fields(pid)

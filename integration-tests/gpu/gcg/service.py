@@ -22,6 +22,8 @@ _READY_S = 60.0
 _STOP_S = 15.0
 # Until a workload that was told to end has lost its directory.
 _KILL_S = 10.0
+# Until guardian, workers and MPS server have ended behind a service that has.
+_HELPERS_S = 12.0
 
 
 class Refused(Exception):
@@ -213,9 +215,12 @@ class Service:
                 self._child.wait()
             self._child = None
         forced += self._unmount()
-        # The simulated GPU ends by itself when its directory goes.
+        # The guardian needs the journal to undo what a killed service left. The
+        # simulated GPU is the other way round: it ends when its directory goes.
+        simulated = {helper for helper in self._helpers if "sim-gpu" in process.arguments(helper.pid)}
+        killed = process.end(list(self._helpers - simulated), _HELPERS_S)
         shutil.rmtree(self._base, ignore_errors=True)
-        killed = process.end(list(self._helpers), 12.0)
+        killed += process.end(list(simulated), _HELPERS_S)
         self._helpers.clear()
         forced += [f"helper process {left.pid} had to be killed" for left in killed]
         return forced

@@ -153,9 +153,9 @@ class Rig:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             if self.uuid is None:
-                self._address = {"Sim": {"socket": str(self._simulated(stack)), "gpu": 0}}
+                self._address = {"sim": {"socket": str(self._simulated(stack)), "gpu": 0}}
             else:
-                self._address = {"Cuda": self.uuid}
+                self._address = {"cuda": self.uuid}
                 self._environment = stack.enter_context(Mps(self.uuid)).environment
             self._stack = stack.pop_all()
         return self

@@ -196,7 +196,7 @@ fn what_is_no_object_is_refused() {
         "\"fma_fp32\"",
         "null",
         "}",
-        "{]",
+        "{]}",
         "{'kernel': 1}",
         "{,}",
         "{\0}",
@@ -238,7 +238,10 @@ fn what_follows_the_object_is_refused() {
 fn a_spec_has_at_most_64_kib() {
     const LONGEST: usize = 64 * 1024;
     let instance = Instance::new();
-    let padded = |length| format!("{:>length$}", r#"{"kernel": "fma_fp32"}"#);
+    let padded = |length: usize| {
+        let spaces = " ".repeat(length - r#"{"kernel": "fma_fp32"}"#.len());
+        format!(r#"{{"kernel": {spaces}"fma_fp32"}}"#)
+    };
     let workload = instance
         .try_launch_text(&padded(LONGEST))
         .expect("as long as allowed");
@@ -253,11 +256,16 @@ fn a_spec_has_at_most_64_kib() {
     // In small writes too, and before any object is complete.
     let path = instance.path("gcgroup.launch");
     let descriptor = file::open_with(&path, OFlags::WRONLY).expect("it is rw");
+    file::write_to(&descriptor, "{").expect("not yet too long");
     let chunk = [b' '; 4096];
-    for _ in 0..LONGEST / chunk.len() {
+    for _ in 1..LONGEST / chunk.len() {
         file::write_to(&descriptor, chunk).expect("not yet too long");
     }
-    assert_eq!(file::write_to(&descriptor, "{"), Err(Errno::INVAL));
+    assert_eq!(
+        file::write_to(&descriptor, chunk),
+        Err(Errno::INVAL),
+        "it is one byte too long"
+    );
     assert_empty(&instance);
 }
 

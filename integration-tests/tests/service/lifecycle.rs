@@ -102,7 +102,8 @@ fn an_end_does_not_wait_for_callers_or_workers_that_hang() {
     use gcgroup_device_sim::{Effect, Operation, Scope};
     let mut instance = Instance::new();
     let pids = workloads(&instance).map(|workload| workload.pid);
-    let running = format!("processes/{}/0/compute.freeze", pids[1]);
+    // The one that runs: a stop has to be raised for it.
+    let running = format!("processes/{}/0/compute.freeze", pids[2]);
     instance.fault(Operation::RaiseStop, Scope::All, Effect::Hang);
     let path = instance.path(&running);
     let write = std::thread::spawn(move || gcgroup_integration_tests::file::write(&path, "1"));

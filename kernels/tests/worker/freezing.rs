@@ -35,6 +35,7 @@ fn launches_that_were_cut_short_stay_pending_and_go_on() {
     assert_eq!(u128::from(frozen.iterations), total);
 
     rig.pass(S);
+    let thaw = rig.now();
     let thawed = rig.done(Command::Freeze(false));
     assert_eq!(
         (thawed.submitted, thawed.ended, thawed.iterations),
@@ -48,6 +49,10 @@ fn launches_that_were_cut_short_stay_pending_and_go_on() {
     let seqs: Vec<_> = rig.samples.iter().map(|sample| sample.seq).collect();
     let expected: Vec<_> = (0..later.ended).collect();
     assert_eq!(seqs, expected, "each launch has one sample");
+    for sample in &rig.samples {
+        let begun_before = sample.seq <= frozen.ended;
+        assert_eq!(sample.start_ns < thaw, begun_before, "{sample:?}");
+    }
     for sample in &rig.samples {
         assert!(
             (sample.device_us - readiness.launch_us).abs() < 15.0,

@@ -13,6 +13,7 @@ fn a_fifth_of_each_period_is_a_fifth_of_the_time() {
     setup.quota = quota(20_000, 100_000);
     let (mut rig, _) = Rig::started(Script::default(), setup);
     rig.late_ns = 60 * US;
+    rig.done(Command::ReportEvery { ms: 10 });
     let began = rig.now();
     rig.pass(10 * S);
     let counters = rig.done(Command::Freeze(true));
@@ -26,11 +27,7 @@ fn a_fifth_of_each_period_is_a_fifth_of_the_time() {
         "{accounted} of {elapsed}"
     );
     assert!(rig.gpu.borrow().stops <= 102, "one stop a period");
-    assert_eq!(
-        rig.reports.len(),
-        11,
-        "throttled workloads report, and the freeze"
-    );
+    assert!(rig.reports.len() > 980, "throttled workloads report");
 }
 
 #[test]
@@ -63,6 +60,25 @@ fn a_change_is_in_force_at_once() {
     let again = rig.done(Command::Freeze(true));
     assert!(again.usage_usec - bound.usage_usec > 490_000);
     assert_eq!(again.nr_throttled, 1);
+}
+
+#[test]
+fn a_quota_that_goes_while_the_gpu_still_stops_lets_it_run_again() {
+    let script = Script {
+        stop_ns: 5 * MS,
+        ..Script::default()
+    };
+    let mut setup = setup(Form::Sliced);
+    setup.quota = quota(20_000, 100_000);
+    let (mut rig, _) = Rig::started(script, setup);
+    rig.pass(20 * MS + 500 * US);
+    assert_eq!(rig.gpu.borrow().stops, 1);
+    assert!(rig.gpu.borrow().in_flight() > 0, "it stops");
+    rig.done(Command::Quota(UNBOUNDED));
+    rig.pass(100 * MS);
+    let counters = rig.done(Command::Freeze(true));
+    assert!(counters.usage_usec > 118_000, "{counters:?}");
+    assert_eq!(counters.nr_throttled, 0);
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub(crate) const SMS: u32 = 132;
 const POLL_NS: u64 = 300;
 /// From a submission to its start where the device is idle, nanoseconds.
 const SUBMIT_NS: u64 = 2_000;
+/// What a launch takes at least, nanoseconds, though its blocks leave at once.
+const EMPTY_NS: u64 = 1_000;
 
 /// How fast it is and what it does wrong.
 #[derive(Clone, Debug)]
@@ -177,7 +179,7 @@ impl Gpu {
         }
         let begin = self.free_at.max(flight.submitted + SUBMIT_NS);
         let unit_ns = self.script.unit_ns * u64::from(SMS) / u64::from(self.sm_count);
-        let mut end = begin;
+        let mut end = begin + EMPTY_NS;
         let cursors = (0u64..).zip(&self.cursors).map(|(block, &cursor)| {
             let start = begin + block * self.script.skew_ns;
             let left = flight.target.saturating_sub(cursor);

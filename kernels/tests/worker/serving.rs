@@ -16,10 +16,17 @@ use gcgroup_kernels::worker::{WorkerError, run};
 use crate::rig::{quota, setup};
 use crate::scripted::{Gpu, Script, Scripted};
 
+/// How a worker's thread ended.
+struct Ended {
+    result: Result<(), WorkerError>,
+    /// Launches that the GPU still had when the engine was gone.
+    in_flight: usize,
+}
+
 struct Service {
     control: UnixStream,
     lines: BufReader<UnixStream>,
-    worker: JoinHandle<Result<(), WorkerError>>,
+    worker: JoinHandle<Ended>,
     next_id: u64,
     reports: Vec<Counters>,
 }
@@ -31,13 +38,13 @@ impl Service {
             .set_read_timeout(Some(Duration::from_secs(30)))
             .expect("a time limit");
         let worker = std::thread::spawn(move || {
-            run(theirs.into(), |address| match address {
-                GpuAddress::Cuda(_) => {
-                    let gpu = Gpu::on_real_clock(script);
-                    Ok(Scripted::new(Rc::new(RefCell::new(gpu))))
-                }
+            let gpu = Rc::new(RefCell::new(Gpu::on_real_clock(script)));
+            let result = run(theirs.into(), |address| match address {
+                GpuAddress::Cuda(_) => Ok(Scripted::new(Rc::clone(&gpu))),
                 GpuAddress::Sim { .. } => Err(EngineError::NoDevice("no such GPU".to_owned())),
-            })
+            });
+            let in_flight = gpu.borrow().in_flight();
+            Ended { result, in_flight }
         });
         let lines = BufReader::new(control.try_clone().expect("a second handle"));
         Self {
@@ -99,11 +106,11 @@ impl Service {
     }
 
     /// Closes the socket; returns how the worker ended and how long it took.
-    fn close(self) -> (Result<(), WorkerError>, Duration) {
+    fn close(self) -> (Ended, Duration) {
         let began = Instant::now();
         drop((self.control, self.lines));
-        let result = self.worker.join().expect("no panic");
-        (result, began.elapsed())
+        let ended = self.worker.join().expect("no panic");
+        (ended, began.elapsed())
     }
 }
 
@@ -125,7 +132,7 @@ fn a_workload_runs_freezes_and_ends_over_its_socket() {
     assert!(thawed.frozen_usec >= 50_000);
     let ended = service.call(Command::End).expect("prepared");
     assert!(ended.iterations >= thawed.iterations);
-    let (result, _) = service.close();
+    let result = service.close().0.result;
     assert!(result.is_ok(), "{result:?}");
 }
 
@@ -166,9 +173,14 @@ fn the_end_of_the_stream_ends_the_worker_in_each_state() {
         ("running", running),
         ("frozen", frozen),
     ] {
-        let (result, took) = service.close();
+        let (ended, took) = service.close();
+        let result = ended.result;
         assert!(result.is_ok(), "{state}: {result:?}");
         assert!(took < Duration::from_millis(500), "{state}: {took:?}");
+        assert_eq!(
+            ended.in_flight, 0,
+            "{state}: the engine was dropped at rest"
+        );
     }
 }
 
@@ -180,7 +192,8 @@ fn a_gpu_that_hangs_does_not_keep_the_worker_from_ending() {
     });
     service.call(Command::Open(GpuAddress::Cuda("GPU-0".to_owned())));
     service.send(Command::Prepare(Box::new(setup(Form::Sliced))));
-    let (result, took) = service.close();
+    let (ended, took) = service.close();
+    let result = ended.result;
     assert!(result.is_ok(), "{result:?}");
     assert!(took < Duration::from_secs(3), "{took:?}");
 }
@@ -194,7 +207,7 @@ fn before_the_gpu_is_open_only_opening_and_ending_are_possible() {
         "{result:?}"
     );
     assert_eq!(service.try_call(Command::End), Ok(Answer::Done));
-    assert!(service.close().0.is_ok());
+    assert!(service.close().0.result.is_ok());
 }
 
 #[test]
@@ -212,7 +225,7 @@ fn a_gpu_that_is_not_there_ends_the_worker_with_the_reason() {
             error: Some(error.clone())
         }
     );
-    let (result, _) = service.close();
+    let result = service.close().0.result;
     assert!(matches!(result, Err(WorkerError::Engine(e)) if e == error));
 }
 
@@ -233,7 +246,7 @@ fn a_line_that_is_no_command_is_refused_by_its_id_or_ends_the_worker() {
         .control
         .write_all(b"gibberish\n")
         .expect("it listens");
-    let result = service.worker.join().expect("no panic");
+    let result = service.worker.join().expect("no panic").result;
     assert!(
         matches!(result, Err(WorkerError::Protocol(_))),
         "{result:?}"
@@ -260,7 +273,7 @@ fn commands_in_one_write_are_answered_in_their_order() {
         let (result, _) = service.reply(id);
         assert!(result.is_ok(), "{id}: {result:?}");
     }
-    assert!(service.close().0.is_ok());
+    assert!(service.close().0.result.is_ok());
 }
 
 #[test]
@@ -277,6 +290,6 @@ fn a_service_that_does_not_read_can_still_be_heard_and_left() {
         let (result, _) = service.reply(id);
         assert!(result.is_ok(), "{result:?}");
     }
-    let (result, _) = service.close();
+    let result = service.close().0.result;
     assert!(result.is_ok(), "{result:?}");
 }
