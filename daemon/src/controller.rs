@@ -177,7 +177,16 @@ pub(crate) struct Controller {
     /// Told after each published snapshot.
     published: Box<dyn Fn()>,
     snapshot: Snapshot,
+    /// Whether the snapshot is newer than the published one.
     dirty: bool,
+    /// Entries whose snapshot is older than they are.
+    stale_entries: BTreeSet<NodeId>,
+    /// GPUs whose snapshot is older than they are.
+    stale_gpus: BTreeSet<u32>,
+    /// What is told once everybody has an answer.
+    log: Vec<change::LogLine>,
+    /// Until when an answer of a worker is worth waiting for without sleeping.
+    awake_until: Option<u64>,
     gpus: BTreeMap<u32, GpuState>,
     procs: BTreeMap<NodeId, Proc>,
     /// GPUs that are being probed.
@@ -236,6 +245,10 @@ impl Controller {
             published,
             snapshot: Snapshot::default(),
             dirty: true,
+            stale_entries: BTreeSet::new(),
+            stale_gpus: BTreeSet::new(),
+            log: Vec::new(),
+            awake_until: None,
             gpus: BTreeMap::new(),
             procs: BTreeMap::new(),
             probing: BTreeSet::new(),
@@ -265,6 +278,8 @@ impl Controller {
                     Some(event) => self.handle(event),
                     None => return self.end,
                 },
+                // A sleeping processor takes longer to wake than a worker to stop.
+                () = tokio::task::yield_now(), if self.stays_awake() => continue,
                 () = timer::until(self.next_deadline()) => self.on_deadline(),
                 _ = ticker.tick() => self.on_tick(),
             }
@@ -311,6 +326,14 @@ impl Controller {
     /// Publishes what has changed, then answers: a caller whose write returned
     /// finds it in force.
     fn flush(&mut self) {
+        for node in std::mem::take(&mut self.stale_entries) {
+            self.dirty = true;
+            self.render_entry(node);
+        }
+        for gpu in std::mem::take(&mut self.stale_gpus) {
+            self.dirty = true;
+            self.render_gpu(gpu);
+        }
         if self.dirty {
             self.dirty = false;
             self.snapshot.service = self.service_lines();
@@ -319,6 +342,9 @@ impl Controller {
         }
         for (reply, answer) in self.answers.drain(..) {
             reply(answer);
+        }
+        for line in self.log.drain(..) {
+            line.write();
         }
     }
 

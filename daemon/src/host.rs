@@ -104,6 +104,10 @@ impl Mps for Awaited {
         self.get()?.slots()
     }
 
+    fn orders_streams(&self) -> Result<(), DeviceError> {
+        self.get()?.orders_streams()
+    }
+
     fn start(&self, gpu: &GpuInfo, directory: &Path) -> Result<Box<dyn MpsServer>, DeviceError> {
         self.get()?.start(gpu, directory)
     }

@@ -111,12 +111,3 @@ async fn compare(
     }
     Ok((iterations[0], iterations[1]))
 }
-
-/// Whether stream priorities order the work of different clients of one MPS
-/// server.
-///
-/// # Errors
-/// Why not, for users to read.
-pub(crate) fn stream_priorities_across_clients() -> Result<(), String> {
-    Err("not measured".to_owned())
-}

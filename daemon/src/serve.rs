@@ -58,6 +58,8 @@ pub(crate) fn run(config: Config) -> Result<()> {
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        // While the controller waits awake, every turn looks for answers.
+        .event_interval(1)
         .build()
         .context("cannot start the runtime")?;
     let state = config.state.clone();

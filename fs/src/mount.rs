@@ -20,8 +20,9 @@ use thiserror::Error;
 /// File system type of the control files, as /proc/mounts shows it.
 pub const FS_TYPE: &str = "fuse.gcgroup";
 
-/// How long a mount may take to answer before it counts as somebody's. A dead
-/// one answers at once, with ENOTCONN.
+/// How long a mount may take to answer before it counts as dead. Where nobody has
+/// the device open any more the kernel answers at once; but a service that was
+/// killed while a thread of it hung in a driver has it open and serves nothing.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why the control files cannot be mounted or unmounted.
@@ -145,7 +146,9 @@ impl OwnMount {
             source,
         };
         match topmost(self.path()).map_err(failed)? {
-            Some(line) if self.is(&line) => detach(self.path()).map_err(failed),
+            Some(line) if self.is(&line) => {
+                detach(self.path(), UnmountFlags::empty()).map_err(failed)
+            }
             None => Ok(()),
             Some(_) => {
                 tracing::warn!(path = %self.path().display(), "not unmounted: something else is mounted there");
@@ -156,7 +159,8 @@ impl OwnMount {
 }
 
 /// Takes dead mounts of ours away from `path`, as a service that was killed
-/// leaves them. A file system of any other type is never touched.
+/// leaves them. A file system of any other type is never touched. It may take two
+/// seconds where the dead service is not quite gone.
 ///
 /// # Errors
 /// [`MountError::InUse`] when somebody still serves it, [`MountError::Unmount`].
@@ -178,7 +182,8 @@ pub fn clean_stale_mount(path: &Path) -> Result<Cleaned, MountError> {
         if answers(&path) {
             return Err(MountError::InUse { path });
         }
-        detach(&path).map_err(failed)?;
+        // By force, so that whoever still waits for its answers is let go.
+        detach(&path, UnmountFlags::FORCE).map_err(failed)?;
         detached += 1;
     }
     Ok(match detached {
@@ -189,13 +194,13 @@ pub fn clean_stale_mount(path: &Path) -> Result<Cleaned, MountError> {
 
 /// MNT_DETACH, because a mount that somebody has open would be EBUSY; not
 /// through a symlink at the end of the path.
-fn detach(path: &Path) -> io::Result<()> {
-    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
-    Ok(())
+fn detach(path: &Path, how: UnmountFlags) -> io::Result<()> {
+    let flags = how | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    Ok(rustix::mount::unmount(path, flags)?)
 }
 
 /// Whether anybody serves the mount at `path`. It is asked on another thread,
-/// because a server that lives and does not answer would hold the caller up.
+/// because a question that nobody answers holds up who asks.
 fn answers(path: &Path) -> bool {
     let (sender, receiver) = mpsc::channel();
     let path = path.to_owned();
@@ -204,7 +209,7 @@ fn answers(path: &Path) -> bool {
         // Nobody listens any more when the answer came too late.
         let _ = sender.send(!matches!(answer, Err(Errno::NOTCONN | Errno::CONNABORTED)));
     });
-    receiver.recv_timeout(ANSWER_WITHIN).unwrap_or(true)
+    receiver.recv_timeout(ANSWER_WITHIN).unwrap_or(false)
 }
 
 /// The path as mountinfo has it. Where the whole path cannot be followed its

@@ -575,10 +575,10 @@ proptest! {
             let rest = operations.read(handle, 1, usize::MAX, |bytes| bytes.map(<[u8]>::to_vec));
             let kept = plain(&process.comm) + "\n";
             prop_assert_eq!(rest, Ok(kept.as_bytes()[1..].to_vec()), "a text that was begun");
-            prop_assert_eq!(operations.open(file, Access::Read), Err(Errno::NOENT));
-            prop_assert_eq!(operations.attributes(directory), Err(Errno::NOENT));
+            prop_assert_eq!(operations.open(file, Access::Read), Err(Errno::STALE));
+            prop_assert_eq!(operations.attributes(directory), Err(Errno::STALE));
             prop_assert_eq!(operations.lookup(0, directory, OsStr::new("comm")), Err(Errno::NOENT));
-            prop_assert_eq!(operations.open_directory(directory), Err(Errno::NOENT));
+            prop_assert_eq!(operations.open_directory(directory), Err(Errno::STALE));
         }
     }
 }

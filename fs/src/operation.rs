@@ -137,11 +137,15 @@ impl Operations {
         Ok(self.found(&object, &snapshot))
     }
 
+    // An inode whose directory is gone is ESTALE below. The kernel then walks the
+    // caller's path once more without believing its cache: the caller sees ENOENT,
+    // or the process that has got the name since.
+
     /// What stat(2) says of an inode.
     pub(crate) fn attributes(&self, ino: u64) -> Result<Attributes, Errno> {
-        let object = self.inodes.object(ino).ok_or(Errno::NOENT)?;
+        let object = self.inodes.object(ino).ok_or(Errno::STALE)?;
         if !object.exists(&self.service.snapshot()) {
-            return Err(Errno::NOENT);
+            return Err(Errno::STALE);
         }
         Ok(Attributes {
             ino,
@@ -152,13 +156,13 @@ impl Operations {
 
     /// Text of a symlink, for the thread `tid`.
     pub(crate) fn read_link(&self, tid: u32, ino: u64) -> Result<String, Errno> {
-        let object = self.inodes.object(ino).ok_or(Errno::NOENT)?;
+        let object = self.inodes.object(ino).ok_or(Errno::STALE)?;
         let snapshot = self.service.snapshot();
         match object {
             Object::SelfLink => object
                 .link(Self::own_process(tid, &snapshot))
                 .ok_or(Errno::NOENT),
-            Object::WorkloadLink(_, _, _) if !object.exists(&snapshot) => Err(Errno::NOENT),
+            Object::WorkloadLink(_, _, _) if !object.exists(&snapshot) => Err(Errno::STALE),
             Object::WorkloadLink(_, _, _) => object.link(None).ok_or(Errno::INVAL),
             Object::Directory(_) | Object::File(_, _) => Err(Errno::INVAL),
         }
@@ -171,7 +175,7 @@ impl Operations {
             Some(Object::File(directory, file)) => (directory, file),
             Some(Object::Directory(_)) => return Err(Errno::ISDIR),
             Some(Object::SelfLink | Object::WorkloadLink(_, _, _)) => return Err(Errno::LOOP),
-            None => return Err(Errno::NOENT),
+            None => return Err(Errno::STALE),
         };
         let mode = file.row().mode;
         let reads = matches!(access, Access::Read | Access::Both);
@@ -180,7 +184,7 @@ impl Operations {
             return Err(Errno::ACCESS);
         }
         if directory.subject(&self.service.snapshot()).is_none() {
-            return Err(Errno::NOENT);
+            return Err(Errno::STALE);
         }
         let is_stream = matches!(table::behaviour(file).store, Store::Gather);
         let open = if is_stream {
@@ -195,7 +199,8 @@ impl Operations {
         Ok((self.handles.add(open), is_stream))
     }
 
-    /// Renders a file as it is now; false when its directory is gone.
+    /// Renders a file as it is now into `out`, in place of what is there. False,
+    /// and nothing done, when its directory is gone.
     fn render(&self, file: &Rendered, snapshot: &Snapshot, out: &mut String) -> bool {
         let Some(subject) = file.directory.subject(snapshot) else {
             return false;
@@ -208,6 +213,7 @@ impl Operations {
             snapshot,
             version: &self.version,
         };
+        out.clear();
         behaviour.show.render(&whole, subject, out);
         true
     }
@@ -228,11 +234,13 @@ impl Operations {
         };
         let mut text = file.text.lock();
         if offset == 0 || text.read.is_none() {
-            let mut fresh = String::new();
-            if !self.render(&file, &self.service.snapshot(), &mut fresh) {
+            let was_read = text.read.is_some();
+            let mut out = text.read.take().unwrap_or_default();
+            let there = self.render(&file, &self.service.snapshot(), &mut out);
+            text.read = (there || was_read).then_some(out);
+            if !there {
                 return send(Err(Errno::NODEV));
             }
-            text.read = Some(fresh);
         }
         let kept = text.read.as_deref().unwrap_or_default();
         send(Ok(part(kept.as_bytes(), offset, size)))
@@ -374,7 +382,7 @@ impl Operations {
     pub(crate) fn open_directory(&self, ino: u64) -> Result<u64, Errno> {
         let directory = self.directory(ino)?;
         if directory.subject(&self.service.snapshot()).is_none() {
-            return Err(Errno::NOENT);
+            return Err(Errno::STALE);
         }
         let listing = Arc::new(Mutex::new(Arc::from([])));
         Ok(self.handles.add(Open::Directory(directory, listing)))

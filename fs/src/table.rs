@@ -227,15 +227,32 @@ fn line(out: &mut String, value: impl Display) {
 
 fn keyed(out: &mut String, lines: impl IntoIterator<Item = (&'static str, u64)>) {
     for (key, value) in lines {
-        let _ = writeln!(out, "{key} {value}");
+        pair(out, key, " ", value);
     }
 }
 
 /// With a colon, because GVM's tools split the lines of a stat file on ": ".
 fn stat(out: &mut String, lines: impl IntoIterator<Item = (&'static str, u64)>) {
     for (key, value) in lines {
-        let _ = writeln!(out, "{key}: {value}");
+        pair(out, key, ": ", value);
     }
+}
+
+/// These lines are most of what monitors read, so they go without the formatter.
+fn pair(out: &mut String, key: &str, between: &str, mut value: u64) {
+    // A u64 has 20 digits at most.
+    let mut digits = [b'0'; 20];
+    let mut first = digits.len() - 1;
+    while value >= 10 {
+        digits[first] += (value % 10) as u8;
+        value /= 10;
+        first -= 1;
+    }
+    digits[first] += value as u8;
+    out.push_str(key);
+    out.push_str(between);
+    out.extend(digits[first..].iter().copied().map(char::from));
+    out.push('\n');
 }
 
 fn spaced(out: &mut String, numbers: &[u32]) {

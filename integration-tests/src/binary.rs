@@ -8,18 +8,31 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
-static DIRECTORY: LazyLock<PathBuf> = LazyLock::new(build);
+static DIRECTORY: LazyLock<Result<PathBuf, &str>> = LazyLock::new(build);
 
 /// Path of the service.
+///
+/// # Panics
+/// When it does not build.
 #[must_use]
 pub fn gcgroupd() -> PathBuf {
-    DIRECTORY.join("gcgroupd")
+    path("gcgroupd")
 }
 
 /// Path of the command line.
+///
+/// # Panics
+/// When it does not build.
 #[must_use]
 pub fn gcgroup() -> PathBuf {
-    DIRECTORY.join("gcgroup")
+    path("gcgroup")
+}
+
+fn path(name: &str) -> PathBuf {
+    match &*DIRECTORY {
+        Ok(directory) => directory.join(name),
+        Err(reason) => panic!("{reason}"),
+    }
 }
 
 /// Root of the workspace that is tested.
@@ -33,7 +46,7 @@ pub fn workspace() -> &'static Path {
 /// Builds the binaries and returns the directory that has them.
 ///
 /// A test program is `TARGET/PROFILE/deps/NAME-HASH`.
-fn build() -> PathBuf {
+fn build() -> Result<PathBuf, &'static str> {
     let program = std::env::current_exe().expect("a running program has a path");
     let directory = program
         .ancestors()
@@ -55,6 +68,9 @@ fn build() -> PathBuf {
         .stdin(Stdio::null())
         .status()
         .expect("cargo starts");
-    assert!(built.success(), "gcgroupd and gcgroup do not build");
-    directory.to_owned()
+    if built.success() {
+        Ok(directory.to_owned())
+    } else {
+        Err("gcgroupd and gcgroup do not build; cargo has said why")
+    }
 }

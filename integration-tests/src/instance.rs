@@ -1,15 +1,11 @@
 //! One running service on a simulated GPU, with directories of its own.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -18,99 +14,16 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{binary, file, keyed, process, wait};
+use crate::watchdog::Watchdog;
+use crate::{Setup, binary, file, keyed, process, wait};
 
 /// Until a started service must show its GPUs.
 const READY: Duration = Duration::from_secs(20);
 /// Until a service that was asked to end must have ended.
 const ENDED: Duration = Duration::from_secs(15);
-/// After so long a test hangs: the service is killed, which ends every system
-/// call that waits for it.
-const HUNG: Duration = Duration::from_secs(150);
-
 /// What devices/<gpu>/gcgroup.enforcers says once a trial has shown that channel
 /// control acts.
 const CHANNELS_PROVED: &str = "compute.priority channel\n";
-
-/// How a service shall be started.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    gpus: u32,
-    temporal: bool,
-    settings: String,
-    deadlines: String,
-}
-
-impl Default for Setup {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Setup {
-    /// One GPU and every default.
-    #[must_use]
-    pub fn new() -> Self {
-        Self {
-            gpus: 1,
-            temporal: false,
-            settings: String::new(),
-            deadlines: String::new(),
-        }
-    }
-
-    /// So many GPUs.
-    #[must_use]
-    pub fn gpus(mut self, count: u32) -> Self {
-        self.gpus = count;
-        self
-    }
-
-    /// A line of the configuration; `value` is TOML.
-    #[must_use]
-    pub fn setting(mut self, key: &str, value: &str) -> Self {
-        let _ = writeln!(self.settings, "{key} = {value}");
-        self
-    }
-
-    /// A deadline of the configuration in milliseconds.
-    #[must_use]
-    pub fn deadline(mut self, key: &str, ms: u64) -> Self {
-        let _ = writeln!(self.deadlines, "{key} = {ms}");
-        self
-    }
-
-    /// Workers one after the other instead of side by side.
-    #[must_use]
-    pub fn temporal(mut self) -> Self {
-        self.temporal = true;
-        self.setting("sharing", "\"temporal\"")
-    }
-
-    /// Starts the service and waits until its GPUs are there.
-    ///
-    /// # Panics
-    /// When it does not come up; the message holds its log.
-    #[must_use]
-    pub fn start(self) -> Instance {
-        let base = tempfile::Builder::new()
-            .prefix("gcg")
-            // Others than root shall reach the files, as in /run.
-            .permissions(fs::Permissions::from_mode(0o755))
-            .tempdir()
-            .expect("the temporary directory is writable");
-        fs::create_dir(base.path().join("m")).expect("the directory is ours");
-        let mut instance = Instance {
-            setup: self,
-            base,
-            child: None,
-            watchdog: None,
-        };
-        instance.write_configuration();
-        instance.start();
-        instance
-    }
-}
 
 /// A workload that was launched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,6 +72,20 @@ impl Instance {
         Setup::new().start()
     }
 
+    /// An instance that is not started yet.
+    pub(crate) fn in_directory(setup: Setup, base: TempDir) -> Self {
+        let instance = Self {
+            setup,
+            base,
+            child: None,
+            watchdog: None,
+        };
+        fs::create_dir(instance.root()).expect("the directory is ours");
+        fs::write(instance.configuration(), instance.setup.configuration())
+            .expect("the directory is ours");
+        instance
+    }
+
     /// Directory that holds everything of this instance.
     #[must_use]
     pub fn base(&self) -> &Path {
@@ -187,14 +114,6 @@ impl Instance {
     #[must_use]
     pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
         self.root().join(below)
-    }
-
-    fn write_configuration(&self) {
-        let mut text = self.setup.settings.clone();
-        if !self.setup.deadlines.is_empty() {
-            let _ = write!(text, "[deadlines]\n{}", self.setup.deadlines);
-        }
-        fs::write(self.configuration(), text).expect("the directory is ours");
     }
 
     /// A command that runs `gcgroupd` with this instance's directories.
@@ -586,44 +505,4 @@ fn end(child: &mut Child) {
         }
     }
     let _ = child.wait();
-}
-
-/// Kills a service whose test hangs. A thread that waits in a system call for
-/// an answer of the service cannot be stopped otherwise.
-#[derive(Debug)]
-struct Watchdog {
-    test_over: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Watchdog {
-    fn new(pid: u32, root: PathBuf) -> Self {
-        let (test_over, over) = mpsc::channel();
-        let started = Instant::now();
-        let thread = std::thread::spawn(move || {
-            if over.recv_timeout(HUNG) == Err(RecvTimeoutError::Timeout) {
-                eprintln!(
-                    "a test hangs since {:?}: killing the service {pid}",
-                    started.elapsed()
-                );
-                process::kill_if_there(pid);
-                // What hangs is answered when the connection is gone.
-                let _ = unmount(&root, UnmountFlags::DETACH | UnmountFlags::FORCE);
-            }
-        });
-        Self {
-            test_over: Some(test_over),
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Watchdog {
-    fn drop(&mut self) {
-        drop(self.test_over.take());
-        if let Some(thread) = self.thread.take() {
-            // It panics nowhere, and a test that ends has no use for it.
-            let _ = thread.join();
-        }
-    }
 }

@@ -15,7 +15,10 @@ pub mod identity;
 pub mod instance;
 pub mod keyed;
 pub mod process;
+pub mod setup;
 pub mod wait;
+mod watchdog;
 
-pub use instance::{Instance, Launched, Refused, Setup};
+pub use instance::{Instance, Launched, Refused};
 pub use rustix::io::Errno;
+pub use setup::Setup;

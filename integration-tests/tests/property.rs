@@ -309,7 +309,7 @@ fn the_tree_is_what_a_naive_model_says() {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let config = Config {
-        cases: 5,
+        cases: 8,
         // Every try starts a service, so a failure is made smaller a little only.
         max_shrink_iters: 24,
         failure_persistence: None,
@@ -317,7 +317,7 @@ fn the_tree_is_what_a_naive_model_says() {
     };
     let mut runner =
         TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let walk = prop::collection::vec(step(), 60..100);
+    let walk = prop::collection::vec(step(), 80..140);
     let outcome = runner.run(&walk, |steps| {
         let instance = Instance::new();
         let mut model = Model::default();

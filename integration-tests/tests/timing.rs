@@ -232,6 +232,32 @@ fn idlers(instance: &Instance, count: usize) -> Vec<Launched> {
     (0..count).map(|_| instance.launch(&spec)).collect()
 }
 
+/// Latency of each of 2000 reads of files of every workload and of others.
+fn read_latencies(instance: &Instance, workloads: &[Launched]) -> Vec<Duration> {
+    let files = [
+        "gcgroup.stat",
+        "gcgroup.events",
+        "compute.freeze",
+        "compute.max",
+    ];
+    let others = [
+        "processes/list",
+        "gcgroup.stat",
+        "devices/0/utilization.stat",
+    ];
+    let paths: Vec<_> = workloads
+        .iter()
+        .flat_map(|workload| files.map(|name| workload.file(name)))
+        .chain(others.map(str::to_owned))
+        .collect();
+    let timed = |path: &String| {
+        let started = Instant::now();
+        instance.read(path).expect("reads do not wait for writes");
+        started.elapsed()
+    };
+    paths.iter().cycle().take(2000).map(timed).collect()
+}
+
 #[test]
 fn reads_stay_fast_beside_32_writes_that_hang() {
     let _alone = alone();
@@ -241,49 +267,24 @@ fn reads_stay_fast_beside_32_writes_that_hang() {
     for workload in hung {
         instance.fault(Operation::RaiseStop, of(workload), Effect::Hang);
     }
-    let files = [
-        "gcgroup.stat",
-        "gcgroup.events",
-        "compute.freeze",
-        "compute.max",
-    ];
-    let paths: Vec<_> = workloads
-        .iter()
-        .flat_map(|workload| files.map(|name| workload.file(name)))
-        .chain(
-            [
-                "processes/list",
-                "gcgroup.stat",
-                "devices/0/utilization.stat",
-            ]
-            .map(str::to_owned),
-        )
-        .collect();
+    let freeze = |workload: &Launched| {
+        let since = Instant::now();
+        let outcome = instance.write(workload.file("compute.freeze"), "1");
+        (outcome, since.elapsed())
+    };
     std::thread::scope(|scope| {
         let writes: Vec<_> = hung
             .iter()
-            .map(|workload| {
-                let instance = &instance;
-                scope.spawn(move || {
-                    let since = Instant::now();
-                    let outcome = instance.write(workload.file("compute.freeze"), "1");
-                    (outcome, since.elapsed())
-                })
-            })
+            .map(|workload| scope.spawn(move || freeze(workload)))
             .collect();
         std::thread::sleep(Duration::from_millis(300));
         let since = Instant::now();
-        let mut latencies: Vec<Duration> = Vec::new();
-        for path in paths.iter().cycle().take(2000) {
-            let started = Instant::now();
-            instance.read(path).expect("reads do not wait for writes");
-            latencies.push(started.elapsed());
-        }
-        let write_began = Instant::now();
-        instance.set(healthy.file("compute.freeze"), "1");
+        let mut latencies = read_latencies(&instance, &workloads);
+        let (outcome, waited) = freeze(healthy);
+        assert_eq!(outcome, Ok(()));
         assert!(
-            write_began.elapsed() < Duration::from_secs(1),
-            "another lane waited"
+            waited < Duration::from_secs(1),
+            "another lane waited {waited:?}"
         );
         assert!(
             since.elapsed() < Duration::from_secs(3),

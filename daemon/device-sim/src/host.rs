@@ -186,6 +186,13 @@ impl Mps for SimHost {
         }
     }
 
+    fn orders_streams(&self) -> Result<(), DeviceError> {
+        Err(DeviceError::Unsupported(
+            "the simulated GPU knows no waiting blocks, so stream priorities order nothing"
+                .to_owned(),
+        ))
+    }
+
     /// The directory stays empty: clients are known by a token.
     fn start(&self, gpu: &GpuInfo, _directory: &Path) -> Result<Box<dyn MpsServer>, DeviceError> {
         let mut connection =

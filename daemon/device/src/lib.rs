@@ -82,6 +82,13 @@ pub trait Mps: Send + Sync {
     /// [`DeviceError::Unsupported`] with the reason where there is no MPS.
     fn slots(&self) -> Result<u32, DeviceError>;
 
+    /// Whether the priorities of streams order the work of different clients of
+    /// one server.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] with the reason where they do not.
+    fn orders_streams(&self) -> Result<(), DeviceError>;
+
     /// Starts a server for one GPU with its pipes in `directory`, which exists
     /// and belongs to it alone.
     ///

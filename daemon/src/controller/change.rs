@@ -339,42 +339,80 @@ impl Controller {
 
     /// A setting is in force: it is kept, logged and published.
     pub(super) fn set(&mut self, node: NodeId, setting: Setting, caller: Option<Caller>) {
-        let uid = caller.map(|caller| caller.uid);
         let Some(proc) = self.procs.get_mut(&node) else {
             return;
         };
         let (pid, gpu) = (proc.pid, proc.gpu);
         let settings = &mut proc.settings;
-        let log = |file: File, old: &dyn std::fmt::Display, new: &dyn std::fmt::Display| {
-            tracing::info!(pid, gpu, setting = file.name(), %old, %new, uid, "a setting is in force");
-        };
-        match setting {
+        let (file, old, new) = match setting {
             Setting::Priority(new) => {
-                log(File::Priority, &settings.priority, &new);
-                settings.priority = new;
+                let old = std::mem::replace(&mut settings.priority, new);
+                (File::Priority, old.to_string(), new.to_string())
             }
             Setting::Freeze(new) => {
-                log(File::Freeze, &settings.freeze, &new);
-                settings.freeze = new;
                 // A thaw stops the count of frozen time, whatever the worker's
                 // last counters said.
                 if new == Switch::Off {
                     proc.frozen_since = None;
                 }
+                let old = std::mem::replace(&mut settings.freeze, new);
+                (File::Freeze, old.to_string(), new.to_string())
             }
             Setting::Max(new) => {
-                log(File::Max, &settings.max, &new);
-                settings.max = new;
+                let old = std::mem::replace(&mut settings.max, new);
+                (File::Max, old.to_string(), new.to_string())
             }
             Setting::Partition(new) => {
-                log(File::Partition, &settings.partition, &new);
-                settings.partition = new;
+                let text = new.to_string();
+                let old = std::mem::replace(&mut settings.partition, new);
+                self.publish_gpu(gpu);
+                (File::Partition, old.to_string(), text)
             }
-            Setting::Kill => {}
-        }
+            Setting::Kill => return,
+        };
+        let uid = caller.map(|caller| caller.uid);
+        self.log.push(LogLine {
+            pid,
+            gpu,
+            file,
+            old,
+            new,
+            uid,
+        });
         self.publish(node);
-        self.publish_gpu(gpu);
         self.reconcile(node);
+    }
+}
+
+/// A setting that came into force, for the log.
+pub(super) struct LogLine {
+    pid: u32,
+    gpu: u32,
+    file: File,
+    old: String,
+    new: String,
+    uid: Option<u32>,
+}
+
+impl LogLine {
+    pub(super) fn write(self) {
+        let Self {
+            pid,
+            gpu,
+            file,
+            old,
+            new,
+            uid,
+        } = self;
+        tracing::info!(
+            pid,
+            gpu,
+            setting = file.name(),
+            old,
+            new,
+            uid,
+            "a setting is in force"
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use gcgroup_device::{DeviceError, GpuInfo, GpuSample};
 use gcgroup_kernels::engine::Facts;
 use gcgroup_model::change::Refusal;
-use gcgroup_model::snapshot::{DeviceEvents, Gpu, NodeId, Partition};
+use gcgroup_model::snapshot::{DeviceEvents, Enforcers, Gpu, NodeId, Partition};
 use gcgroup_model::value::PartitionName;
 use gcgroup_policy::enforcer::{Capabilities, Origin, Sharing, enforcers};
 use gcgroup_policy::partition::SmTable;
@@ -29,6 +29,8 @@ pub(super) struct GpuState {
     partitions_node: NodeId,
     pub(super) info: GpuInfo,
     pub(super) can: Capabilities,
+    /// What follows from them.
+    pub(super) enforcers: Arc<Enforcers>,
     /// Clients that its private MPS server takes.
     pub(super) slots: Option<u32>,
     pub(super) table: SmTable,
@@ -44,13 +46,19 @@ pub(crate) struct Probed {
     facts: Facts,
     /// Clients that a private MPS server takes, or why there can be none.
     slots: Result<u32, DeviceError>,
+    /// Whether stream priorities order their work.
+    streams: Result<(), DeviceError>,
 }
 
 async fn probe(context: Arc<Context>, gpu: GpuInfo) -> Result<Probed, Refusal> {
     let host = context.host.clone();
-    let slots = launch::blocking(move || host.slots()).await?;
+    let (slots, streams) = launch::blocking(move || (host.slots(), host.orders_streams())).await?;
     let facts = context.probe(gpu, PROBE).await?;
-    Ok(Probed { facts, slots })
+    Ok(Probed {
+        facts,
+        slots,
+        streams,
+    })
 }
 
 /// One partition.
@@ -84,7 +92,11 @@ impl Controller {
     }
 
     pub(super) fn probed(&mut self, info: GpuInfo, result: Result<Probed, Refusal>) {
-        let Probed { facts, slots } = match result {
+        let Probed {
+            facts,
+            slots,
+            streams,
+        } = match result {
             Ok(probed) => probed,
             Err(refusal) => {
                 tracing::warn!(gpu = info.index, %refusal, "a GPU did not answer a probe");
@@ -93,7 +105,7 @@ impl Controller {
             }
         };
         self.probing.remove(&info.index);
-        let can = self.capabilities(&facts, &slots);
+        let can = self.capabilities(&facts, &slots, streams);
         tracing::info!(
             gpu = info.index, name = info.name, sms = facts.sm_count, sharing = %can.sharing, "GPU ready"
         );
@@ -101,6 +113,7 @@ impl Controller {
         let state = GpuState {
             node: self.fresh_node(),
             partitions_node: self.fresh_node(),
+            enforcers: Arc::new(enforcers(Origin::Launched, &can)),
             can,
             slots: slots.ok(),
             table: SmTable::new(facts.groups),
@@ -117,7 +130,12 @@ impl Controller {
         }
     }
 
-    fn capabilities(&self, facts: &Facts, slots: &Result<u32, DeviceError>) -> Capabilities {
+    fn capabilities(
+        &self,
+        facts: &Facts,
+        slots: &Result<u32, DeviceError>,
+        streams: Result<(), DeviceError>,
+    ) -> Capabilities {
         let sharing = match (self.config.sharing, slots) {
             (SharingChoice::Temporal, _) | (SharingChoice::Auto, Err(_)) => Sharing::Temporal,
             (SharingChoice::Spatial, _) | (SharingChoice::Auto, Ok(_)) => Sharing::Spatial,
@@ -131,7 +149,7 @@ impl Controller {
             Err("the driver has no green contexts (CUDA 12.5 brought them)".to_owned())
         };
         let stream_priorities = match sharing {
-            Sharing::Spatial => prove::stream_priorities_across_clients(),
+            Sharing::Spatial => streams.map_err(|error| error.to_string()),
             Sharing::Temporal => {
                 Err("stream priorities order one process's own work only".to_owned())
             }
@@ -173,6 +191,7 @@ impl Controller {
         }
         if let Some(gpu) = self.gpus.get_mut(&index) {
             gpu.can.channels = result;
+            gpu.enforcers = Arc::new(enforcers(Origin::Launched, &gpu.can));
         }
         self.publish_gpu(index);
         let nodes: Vec<_> = self
@@ -237,9 +256,13 @@ impl Controller {
         }
     }
 
-    /// Brings the published GPU and its partitions up to date.
+    /// The published GPU and its partitions shall be brought up to date.
     pub(super) fn publish_gpu(&mut self, index: u32) {
-        self.dirty = true;
+        self.stale_gpus.insert(index);
+    }
+
+    /// Brings the published GPU and its partitions up to date.
+    pub(super) fn render_gpu(&mut self, index: u32) {
         let Some(gpu) = self.gpus.get(&index) else {
             return;
         };
@@ -291,7 +314,7 @@ impl Controller {
             memory_current: gpu.sample.memory_used,
             utilization: gpu.sample.utilization.clone(),
             events: gpu.events,
-            enforcers: enforcers(Origin::Launched, &gpu.can),
+            enforcers: gpu.enforcers.to_vec(),
         };
         self.snapshot.gpus.insert(index, Arc::new(published));
     }

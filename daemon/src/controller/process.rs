@@ -10,9 +10,9 @@ use gcgroup_fs::Reply;
 use gcgroup_kernels::protocol::{Counters, Message, Readiness};
 use gcgroup_model::change::{Begun, Done, Refusal};
 use gcgroup_model::snapshot::{
-    Entry, EntryEvents, NodeId, Process, Sample, Settings, Stat, Workload,
+    Enforcers, Entry, EntryEvents, NodeId, Process, Sample, Settings, Stat, Workload,
 };
-use gcgroup_policy::enforcer::{Capabilities, Origin, Sharing, enforcers};
+use gcgroup_policy::enforcer::Sharing;
 use gcgroup_policy::lane::Lane;
 
 use super::Controller;
@@ -95,7 +95,7 @@ impl Proc {
         }
     }
 
-    fn snapshot(&self, can: &Capabilities) -> Entry {
+    fn snapshot(&self, sharing: Sharing, enforcers: Arc<Enforcers>) -> Entry {
         Entry {
             node: self.entry,
             pid: self.pid,
@@ -108,10 +108,10 @@ impl Proc {
                 held: false,
                 pending: self.lane.is_pending(),
             },
-            stat: self.stat(can.sharing),
+            stat: self.stat(sharing),
             memory_current: self.readiness.buffer_bytes,
             memory_peak: self.readiness.buffer_bytes,
-            enforcers: Arc::new(enforcers(Origin::Launched, can)),
+            enforcers,
             samples: self.samples.clone(),
         }
     }
@@ -124,15 +124,20 @@ impl Proc {
 }
 
 impl Controller {
-    /// Brings the published entry of a process up to date.
+    /// The published entry of a process shall be brought up to date.
     pub(super) fn publish(&mut self, node: NodeId) {
+        self.stale_entries.insert(node);
+    }
+
+    /// Brings the published entry of a process up to date.
+    pub(super) fn render_entry(&mut self, node: NodeId) {
         let Some(proc) = self.procs.get(&node) else {
             return;
         };
         let Some(gpu) = self.gpus.get(&proc.gpu) else {
             return;
         };
-        let entry = Arc::new(proc.snapshot(&gpu.can));
+        let entry = Arc::new(proc.snapshot(gpu.can.sharing, gpu.enforcers.clone()));
         let process = Process {
             node: proc.node,
             pid: proc.pid,

@@ -240,6 +240,7 @@ impl Controller {
         command: Command,
         groups: Option<Option<Vec<u32>>>,
     ) -> Result<(), Refusal> {
+        self.stay_awake();
         let Some(proc) = self.procs.get_mut(&node) else {
             return Err(Refusal::Gone("the process".to_owned()));
         };
@@ -322,6 +323,7 @@ impl Controller {
             proc.placed = groups.clone();
         }
         if proc.jobs.contains_key(&id) {
+            self.awake_until = None;
             // Before the lane begins the next job, so that it finds this one's
             // setting in force.
             self.end_job(node, id, result.map(|_| ()));

@@ -245,10 +245,15 @@ fn a_process_that_ended_is_gone_from_its_path_and_through_descriptors() {
     });
     assert_eq!(errno(file.read_at(&mut buffer, 0)), Some(Errno::NODEV));
     assert_eq!(errno(file.write_at(b"3", 0)), Some(Errno::NODEV));
-    let gone = || errno(fs::metadata(&path)) == Some(Errno::NOENT);
-    assert!(eventually(Duration::from_millis(200), gone));
-    assert_eq!(errno(fs::read(&path)), Some(Errno::NOENT));
-    assert_eq!(errno(fs::symlink_metadata(&link)), Some(Errno::NOENT));
+    assert_eq!(errno(fs::read(&path)), Some(Errno::NOENT), "at once");
+    let gone = |path: &PathBuf| errno(fs::symlink_metadata(path)) == Some(Errno::NOENT);
+    let entry = fixture.root().join(format!("processes/{LAUNCHED}"));
+    for path in [&path, &link, &entry] {
+        assert!(
+            eventually(Duration::from_millis(200), || gone(path)),
+            "{path:?}"
+        );
+    }
     // Another process that gets the pid is another one.
     fixture.publish(|snapshot| {
         let another = process(50, LAUNCHED, None);

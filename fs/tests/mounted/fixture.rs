@@ -260,7 +260,7 @@ impl Fixture {
         let directory = tempfile::tempdir().expect("there is room for a directory");
         let root = directory.path().join("gcgroup");
         fs::create_dir(&root).expect("it is new");
-        let (keeper, mounted) = match mount_at(&root, group_writes) {
+        let (keeper, mounted) = match mount_at(&root, group_writes, Mood::Obeys) {
             Ok(mounted) => mounted,
             Err(error) => return skipped(&error),
         };
@@ -318,10 +318,11 @@ impl Fixture {
 pub(crate) fn mount_at(
     root: &Path,
     group_writes: GroupWrites,
+    mood: Mood,
 ) -> Result<(Arc<Keeper>, Mounted), MountError> {
     let keeper = Arc::new(Keeper {
         snapshot: ArcSwap::from_pointee(snapshot()),
-        mood: Mutex::new(Mood::Obeys),
+        mood: Mutex::new(mood),
         changes: Mutex::default(),
         held: Mutex::default(),
         touched: Mutex::default(),

@@ -25,24 +25,49 @@ fn a_child_serves_until_it_is_killed() {
         return;
     };
     let root = PathBuf::from(root);
-    let (keeper, _mounted) = mount_at(&root, GroupWrites::No).expect("its parent mounts too");
-    if std::env::var_os(CHILD_PANICS).is_some() {
-        keeper.set_mood(Mood::Panics);
-    }
+    let mood = match std::env::var_os(CHILD_PANICS) {
+        Some(_) => Mood::Panics,
+        None => Mood::Obeys,
+    };
+    let _mounted = mount_at(&root, GroupWrites::No, mood).expect("its parent mounts too");
     loop {
         std::thread::park();
     }
 }
 
-fn serving_child(root: &Path) -> Child {
-    let program = std::env::current_exe().expect("it runs");
-    Command::new(program)
-        .args(["--exact", "life::a_child_serves_until_it_is_killed"])
-        .env(CHILD_ROOT, root)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("it starts")
+/// A process that serves the control files at `root`; it ends with the test.
+struct Serving(Child);
+
+impl Serving {
+    fn start(root: &Path, mood: &Mood) -> Self {
+        let program = std::env::current_exe().expect("it runs");
+        let mut command = Command::new(program);
+        command
+            .args(["--exact", "life::a_child_serves_until_it_is_killed"])
+            .env(CHILD_ROOT, root)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        if *mood == Mood::Panics {
+            command.env(CHILD_PANICS, "1");
+        }
+        let child = Self(command.spawn().expect("it starts"));
+        let serves = || version(root).exists();
+        assert!(eventually(Duration::from_secs(10), serves));
+        child
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().expect("it runs");
+        self.0.wait().expect("it is ours");
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // It has ended already, unless the test failed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn version(root: &Path) -> PathBuf {
@@ -106,15 +131,13 @@ fn a_dead_mount_is_cleaned_and_can_be_mounted_again() {
         Cleaned::Nothing
     );
     for _ in 0..2 {
-        let mut child = serving_child(&root);
-        assert!(eventually(Duration::from_secs(10), || version(&root).exists()));
+        let mut child = Serving::start(&root, &Mood::Obeys);
         let living = clean_stale_mount(&root);
         assert!(
             matches!(living, Err(MountError::InUse { .. })),
             "{living:?}"
         );
-        child.kill().expect("it runs");
-        child.wait().expect("it is ours");
+        child.kill();
         assert_eq!(errno(fs::read_dir(&root)), Some(Errno::NOTCONN));
         assert_eq!(
             clean_stale_mount(&root).expect("it is dead"),
@@ -123,6 +146,28 @@ fn a_dead_mount_is_cleaned_and_can_be_mounted_again() {
         assert!(fs::read_dir(&root).expect("it is plain").next().is_none());
     }
     drop(fixture);
+}
+
+#[test]
+fn a_mount_whose_service_is_silent_is_cleaned_and_its_callers_are_let_go() {
+    let Some(_fixture) = Fixture::mount() else {
+        return;
+    };
+    let directory = tempfile::tempdir().expect("there is room");
+    let root = directory.path().to_owned();
+    let mut child = Serving::start(&root, &Mood::Obeys);
+    let pid = rustix::process::Pid::from_child(&child.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("it is ours");
+    let caller = {
+        let file = root.join(File::ServiceStat.name());
+        std::thread::spawn(move || fs::read(file))
+    };
+    assert_eq!(
+        clean_stale_mount(&root).expect("it is silent"),
+        Cleaned::Detached(1)
+    );
+    assert!(caller.join().expect("the caller ends").is_err());
+    child.kill();
 }
 
 #[test]
@@ -220,21 +265,12 @@ fn a_panic_in_a_handler_ends_the_process() {
     };
     let directory = tempfile::tempdir().expect("there is room");
     let root = directory.path().to_owned();
-    let program = std::env::current_exe().expect("it runs");
-    let mut child = Command::new(program)
-        .args(["--exact", "life::a_child_serves_until_it_is_killed"])
-        .env(CHILD_ROOT, &root)
-        .env(CHILD_PANICS, "1")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("it starts");
-    assert!(eventually(Duration::from_secs(10), || version(&root).exists()));
+    let mut child = Serving::start(&root, &Mood::Panics);
     let file = root
         .join(format!("processes/{LAUNCHED}/0"))
         .join(File::Freeze.name());
     assert!(write(&file, "1").is_err());
-    let status = child.wait().expect("it is ours");
+    let status = child.0.wait().expect("it is ours");
     assert_eq!(status.signal(), Some(6), "it ended with {status}");
     assert_eq!(
         clean_stale_mount(&root).expect("it is dead"),
@@ -249,7 +285,7 @@ fn a_path_that_cannot_be_mounted_on_says_so() {
     };
     let directory = tempfile::tempdir().expect("there is room");
     let missing = directory.path().join("missing");
-    let result = mount_at(&missing, GroupWrites::No).map(drop);
+    let result = mount_at(&missing, GroupWrites::No, Mood::Obeys).map(drop);
     assert!(
         matches!(result, Err(MountError::Mountpoint { .. })),
         "{result:?}"
@@ -269,14 +305,13 @@ fn a_symlink_to_the_mount_point_is_followed() {
     let (real, link) = (directory.path().join("real"), directory.path().join("link"));
     fs::create_dir(&real).expect("it is new");
     std::os::unix::fs::symlink(&real, &link).expect("it is new");
-    let (_keeper, mounted) = mount_at(&link, GroupWrites::No).expect("it is a directory");
+    let (_keeper, mounted) =
+        mount_at(&link, GroupWrites::No, Mood::Obeys).expect("it is a directory");
     assert!(version(&real).exists());
     mounted.unmount().expect("it is ours");
     assert!(!version(&real).exists());
-    let mut child = serving_child(&link);
-    assert!(eventually(Duration::from_secs(10), || version(&real).exists()));
-    child.kill().expect("it runs");
-    child.wait().expect("it is ours");
+    let mut child = Serving::start(&link, &Mood::Obeys);
+    child.kill();
     assert_eq!(
         clean_stale_mount(&link).expect("it is dead"),
         Cleaned::Detached(1)

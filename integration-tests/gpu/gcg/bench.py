@@ -64,9 +64,7 @@ class Phase:
     def raw(self) -> dict[str, object]:
         """For the JSON: starts in microseconds of the phase, and times."""
         return {
-            name: [
-                [round((s.start_ns - self.begin_ns) / 1e3, 1), s.device_us, s.wall_us] for s in samples
-            ]
+            name: [[round((s.start_ns - self.begin_ns) / 1e3, 1), s.device_us, s.wall_us] for s in samples]
             for name, samples in self.samples.items()
         }
 
@@ -140,9 +138,7 @@ class Bench:
         self.service.freeze(w for w in everyone if w not in running)
         self.service.thaw(running)
 
-    def phase(
-        self, running: Sequence[Workload], everyone: Sequence[Workload], seconds: float
-    ) -> Phase:
+    def phase(self, running: Sequence[Workload], everyone: Sequence[Workload], seconds: float) -> Phase:
         """Runs these, and only these, for so long beyond a warm-up."""
         self.run_only(running, everyone)
         collector = Collector(w.path for w in running)
@@ -154,9 +150,7 @@ class Bench:
                 raise RuntimeError(f"{name} had {len(found)} launches in {seconds} s: too few to measure")
         return Phase(begin, end, samples)
 
-    def counted(
-        self, workloads: Sequence[Workload], seconds: float
-    ) -> tuple[float, list[dict[str, int]]]:
+    def counted(self, workloads: Sequence[Workload], seconds: float) -> tuple[float, list[dict[str, int]]]:
         """Runs frozen workloads for so long and freezes them again: the seconds it
         was, and by how much each one's counters grew, exactly."""
         before = [workload.stat() for workload in workloads]

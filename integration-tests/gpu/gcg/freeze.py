@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gcg import files, numbers
@@ -16,8 +17,12 @@ _ROUNDS = 1000
 _FEWER_ROUNDS = 200
 _UNCUT_ROUNDS = 50
 _P50_US, _P99_US = 150.0, 500.0
-# A running stretch, microseconds: some launches, and never in step with them.
-_RUN_US = (500, 2500)
+# Running stretches, microseconds, never in step with the launches. In a short one,
+# waited out awake, no processor falls asleep (Linux keeps an idle one awake for 200 us
+# in a virtual machine); in a long one, slept through, those of the service do, and in a
+# virtual machine waking each of them can take longer than the stop itself.
+_AWAKE_US = (50, 150)
+_RESTED_US = (500, 2500)
 # Every so many rounds it runs for long enough that its samples are reported.
 _REPORT_EVERY, _REPORT_S = 50, 0.14
 # Every so many rounds the counters are read twice, 5 ms apart.
@@ -106,8 +111,24 @@ class _Ledger:
         return wrong
 
 
-def _measure(workload: Workload, door: _Kept | _Opened, rounds: int, seed: int) -> _Rounds:
-    """Freezes and thaws a running workload."""
+def _stay_awake(rng: random.Random) -> None:
+    until = time.monotonic_ns() + rng.uniform(*_AWAKE_US) * 1e3
+    while time.monotonic_ns() < until:
+        pass
+
+
+def _rest(rng: random.Random) -> None:
+    time.sleep(rng.uniform(*_RESTED_US) / 1e6)
+
+
+def _measure(
+    workload: Workload,
+    door: _Kept | _Opened,
+    rounds: int,
+    seed: int,
+    pause: Callable[[random.Random], None],
+) -> _Rounds:
+    """Freezes and thaws a running workload, with a pause before each write."""
     rng = random.Random(seed)
     ledger = _Ledger(workload)
     collector = Collector([workload.path])
@@ -115,11 +136,12 @@ def _measure(workload: Workload, door: _Kept | _Opened, rounds: int, seed: int) 
     gc.disable()
     try:
         for number in range(rounds):
-            time.sleep(rng.uniform(*_RUN_US) / 1e6)
+            pause(rng)
             out.freeze_us.append(door.write(b"1") / 1e3)
             stop = _Stop(time.monotonic_ns(), 0)
             if number % _LOOK_EVERY == 0:
                 _look(workload, ledger, stop, out)
+            pause(rng)
             stop.thawed_ns = time.monotonic_ns()
             out.thaw_us.append(door.write(b"0") / 1e3)
             out.stops.append(stop)
@@ -134,6 +156,22 @@ def _measure(workload: Workload, door: _Kept | _Opened, rounds: int, seed: int) 
     out.samples = collector.of(workload.path)
     out.wrong += _ran_while_frozen(out)
     return out
+
+
+def _reads(workload: Workload, pause: Callable[[random.Random], None]) -> list[float]:
+    """Reads that ask neither the controller nor the GPU; microseconds."""
+    rng = random.Random(6)
+    descriptor = os.open(workload.path / "memory.current", os.O_RDONLY | os.O_CLOEXEC)
+    times = []
+    try:
+        for _ in range(_FEWER_ROUNDS):
+            pause(rng)
+            began = time.monotonic_ns()
+            os.pread(descriptor, 64, 0)
+            times.append((time.monotonic_ns() - began) / 1e3)
+    finally:
+        os.close(descriptor)
+    return times
 
 
 def _look(workload: Workload, ledger: _Ledger, stop: _Stop, out: _Rounds) -> None:
@@ -156,12 +194,14 @@ def _ran_while_frozen(out: _Rounds) -> list[str]:
     short must have begun after the thaw. A host that is late stamps a launch later.
     """
     wrong = []
-    for stop in (stop for stop in out.stops if stop.ended is not None):
+    for stop in out.stops:
+        if (ended := stop.ended) is None:
+            continue
         for sample in out.samples:
-            late = sample.seq < stop.ended and sample.end_ns > stop.returned_ns + _STAMP_NS
-            early = sample.seq > stop.ended and sample.start_ns < stop.thawed_ns - _STAMP_NS
+            late = sample.seq < ended and sample.end_ns > stop.returned_ns + _STAMP_NS
+            early = sample.seq > ended and sample.start_ns < stop.thawed_ns - _STAMP_NS
             if late or early:
-                wrong.append(f"launch {sample.seq} ran while {stop.ended} had ended and it was frozen")
+                wrong.append(f"launch {sample.seq} ran while {ended} had ended and it was frozen")
     return wrong
 
 
@@ -181,9 +221,13 @@ def measure(bench: Bench) -> Result:
     result = Result()
     series: dict[str, _Rounds] = {}
     alone = bench.launch(**FMA, name="alone", blocks="per-sm:1")
-    series["whole GPU, kept open"] = _measure(alone, _Kept(alone), _ROUNDS, 1)
+    series["whole GPU"] = _measure(alone, _Kept(alone), _ROUNDS, 1, _stay_awake)
     alone.write("compute.freeze", 0)
-    series["whole GPU, open-write-close"] = _measure(alone, _Opened(alone), _FEWER_ROUNDS, 2)
+    series["whole GPU, after a rest"] = _measure(alone, _Kept(alone), _ROUNDS, 5, _rest)
+    alone.write("compute.freeze", 0)
+    series["whole GPU, open-write-close"] = _measure(alone, _Opened(alone), _FEWER_ROUNDS, 2, _stay_awake)
+    reads = {"awake": _reads(alone, _stay_awake), "after a rest": _reads(alone, _rest)}
+    result.raw["reads"] = reads
     series["partition, beside a busy one"] = _beside(bench)
     series["whole GPU, uncut launches"] = _uncut(bench)
     for name, rounds in series.items():
@@ -196,7 +240,7 @@ def measure(bench: Bench) -> Result:
     result.figures.append(_figure("", series[sliced[0]]))
     result.figures += [_figure(f" ({name})", series[name]) for name in sliced[1:]]
     result.figures.append(_adding_up(series))
-    result.tables.append(_table(series))
+    result.tables.append(_table(series, reads))
     return result
 
 
@@ -208,13 +252,13 @@ def _beside(bench: Bench) -> _Rounds:
         bench.service.partition(name, sms)
         pair.append(bench.launch_frozen(**FMA, name=name, partition=name, blocks=sms))
     bench.service.thaw(pair)
-    return _measure(pair[0], _Kept(pair[0]), _FEWER_ROUNDS, 3)
+    return _measure(pair[0], _Kept(pair[0]), _FEWER_ROUNDS, 3, _stay_awake)
 
 
 def _uncut(bench: Bench) -> _Rounds:
     bench.service.clear()
     workload = bench.launch(**FMA, name="uncut", blocks="per-sm:1", sliced=False)
-    return _measure(workload, _Kept(workload), _UNCUT_ROUNDS, 4)
+    return _measure(workload, _Kept(workload), _UNCUT_ROUNDS, 4, _stay_awake)
 
 
 def _adding_up(series: dict[str, _Rounds]) -> Figure:
@@ -231,10 +275,17 @@ def _adding_up(series: dict[str, _Rounds]) -> Figure:
     )
 
 
-def _table(series: dict[str, _Rounds]) -> Table:
+def _table(series: dict[str, _Rounds], reads: dict[str, list[float]]) -> Table:
     rows = []
     for name, rounds in series.items():
         for what, values in (("freeze", rounds.freeze_us), ("thaw", rounds.thaw_us)):
             s = numbers.spread(values)
             rows.append([name, what, str(s.n), *(f"{v:.0f}" for v in s[1:])])
-    return Table("Time of a write to compute.freeze", ["how", "write", "n", "p50 us", "p90 us", "p99 us", "max us"], rows)
+    for name, values in reads.items():
+        s = numbers.spread(values)
+        rows.append([f"for comparison, {name}", "read of memory.current", str(s.n), *(f"{v:.0f}" for v in s[1:])])
+    return Table(
+        "Time of a write to compute.freeze",
+        ["how", "write", "n", "p50 us", "p90 us", "p99 us", "max us"],
+        rows,
+    )

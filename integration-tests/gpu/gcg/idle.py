@@ -60,5 +60,10 @@ def measure(bench: Bench) -> Result:
         ],
     ]
     table = Table("CPU and memory", ["process", "of one core", "VmRSS MiB"], rows)
-    raw = {"seconds": took, "cpu_s": {str(pid): s for pid, s in used.items()}, "service": service, "resident_mib": resident}
+    raw = {
+        "seconds": took,
+        "cpu_s": {str(pid): s for pid, s in used.items()},
+        "service": service,
+        "resident_mib": resident,
+    }
     return Result(figures, [table], raw=raw)

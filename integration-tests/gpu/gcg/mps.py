@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class Mps:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        for text in self.stop():
+            print(text, file=sys.stderr)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,7 +57,9 @@ class Mps:
 
     def _daemon_environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
-        return {**kept, **self.environment, "CUDA_VISIBLE_DEVICES": self.uuid}
+        # The daemon looks for the server's program beside itself.
+        path = os.pathsep.join([str(self._program.parent), os.environ.get("PATH", "")])
+        return {**kept, **self.environment, "CUDA_VISIBLE_DEVICES": self.uuid, "PATH": path}
 
     def _start(self) -> None:
         with (self._base / "output").open("wb") as output:

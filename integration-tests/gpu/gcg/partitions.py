@@ -176,7 +176,9 @@ def three(bench: Bench) -> Result:
         )
     )
     result.notes.append(_bandwidth(rounds, work[2]))
-    result.tables.append(Table("Time of a launch", _HEADER, rounds.rows("a and b beside each other and a copy")))
+    result.tables.append(
+        Table("Time of a launch", _HEADER, rounds.rows("a and b beside each other and a copy"))
+    )
     return result
 
 

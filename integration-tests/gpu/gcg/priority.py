@@ -1,6 +1,7 @@
 """compute.priority under temporal sharing: GPU time by timeslice."""
 
 import time
+from typing import NamedTuple
 
 from gcg import numbers
 from gcg.bench import FMA, Bench
@@ -35,6 +36,35 @@ def _await_channels(bench: Bench) -> None:
         time.sleep(0.1)
 
 
+class _Stretch(NamedTuple):
+    """Both at these priorities for a while; GPU time in seconds, by iterations done."""
+
+    priorities: tuple[int, int]
+    wall_s: float
+    gpu_s: list[float]
+    timeslices_us: list[int | None]
+    counters: list[dict[str, int]]
+
+    def ratio(self) -> float:
+        """GPU time of the first for each of the second."""
+        first, second = self.gpu_s
+        return first / second if second else float("inf")
+
+    def row(self) -> list[str]:
+        """A line of the table."""
+        first, second = self.priorities
+        wanted = slice_us(first) / slice_us(second)
+        return [
+            f"{first} and {second}",
+            " and ".join(str(us) for us in self.timeslices_us),
+            f"{wanted:.3g} : 1",
+            f"{self.ratio():.3g} : 1",
+            f"{numbers.changed(self.ratio(), wanted):+.0f}%",
+            f"{sum(self.gpu_s) / self.wall_s * 100:.1f}%",
+            f"{self.wall_s:.1f}",
+        ]
+
+
 class _Pair:
     """Two workloads whose queues never run empty."""
 
@@ -50,8 +80,8 @@ class _Pair:
         took_s, (grown,) = self._bench.counted([workload], _SOLO_S)
         return took_s * 1e6 / grown["nr_iterations"]
 
-    def run(self, priorities: tuple[int, int]) -> dict[str, object]:
-        """Runs both at these priorities; GPU times in seconds, and timeslices."""
+    def run(self, priorities: tuple[int, int]) -> _Stretch:
+        """Runs both at these priorities."""
         for workload, priority in zip(self._work, priorities, strict=True):
             workload.write("compute.priority", priority)
         seconds = max(_LEAST_S, _TURNS * sum(map(slice_us, priorities)) / 1e6)
@@ -61,29 +91,16 @@ class _Pair:
             for counters, us in zip(grown, self.iteration_us, strict=True)
         ]
         slices = [workload.stat().get("timeslice_usec") for workload in self._work]
-        return {
-            "priorities": priorities,
-            "wall_s": took_s,
-            "gpu_s": gpu_s,
-            "ratio": gpu_s[0] / gpu_s[1] if gpu_s[1] else float("inf"),
-            "timeslices_us": slices,
-            "counters": grown,
-        }
+        return _Stretch(priorities, took_s, gpu_s, slices, grown)
 
 
-def _row(run: dict) -> list[str]:
-    first, second = run["priorities"]
-    wanted = slice_us(first) / slice_us(second)
-    share = sum(run["gpu_s"]) / run["wall_s"] * 100
-    return [
-        f"{first} and {second}",
-        " and ".join(str(us) for us in run["timeslices_us"]),
-        f"{wanted:.3g} : 1",
-        f"{run['ratio']:.3g} : 1",
-        f"{numbers.changed(run['ratio'], wanted):+.0f}%",
-        f"{share:.1f}%",
-        f"{run['wall_s']:.1f}",
-    ]
+def _more_to_less(stretch: _Stretch) -> float:
+    """GPU time of the more important one for each of the other."""
+    first, second = stretch.priorities
+    ratio = stretch.ratio()
+    if first <= second:
+        return ratio
+    return 1 / ratio if ratio else float("inf")
 
 
 def measure(bench: Bench) -> Result:
@@ -91,24 +108,27 @@ def measure(bench: Bench) -> Result:
     _await_channels(bench)
     pair = _Pair(bench)
     main = [pair.run(order) for order in (_MAIN, _MAIN[::-1], _MAIN, _MAIN[::-1])]
-    ratios = [run["ratio"] if run["priorities"] == _MAIN else 1 / max(run["ratio"], 1e-9) for run in main]
     curve = [pair.run(priorities) for priorities in _CURVE]
+    ratios = [_more_to_less(stretch) for stretch in main]
     wanted = slice_us(_MAIN[0]) / slice_us(_MAIN[1])
     ratio = numbers.median(ratios)
+    each = ", ".join(f"{value:.2f}" for value in ratios)
     figure = Figure(
         "temporal, priorities 4 and 8, queues never empty",
         f"GPU time {wanted:.0f} : 1, within {_TOLERANCE:.0%}",
-        f"{ratio:.2f} : 1 ({numbers.changed(ratio, wanted):+.1f}%); each {', '.join(f'{r:.2f}' for r in ratios)}",
-        f"{len(ratios)} stretches of {main[0]['wall_s']:.1f} s, both orders",
+        f"{ratio:.2f} : 1 ({numbers.changed(ratio, wanted):+.1f}%); each {each}",
+        f"{len(ratios)} stretches of {main[0].wall_s:.1f} s, both orders",
         verdict(abs(ratio / wanted - 1) <= _TOLERANCE),
     )
     header = ["priorities", "timeslices us", "expected", "GPU time", "off by", "work done of wall time", "s"]
+    note = (
+        "GPU time is iterations done x the time of one alone, measured in the same run. What is missing "
+        "from 100% of wall time went into context switches, which flatten the ratio of short slices."
+    )
+    stretches = main + curve
     return Result(
         [figure],
-        [Table("GPU time by priority", header, [_row(run) for run in main + curve])],
-        [
-            "GPU time is iterations done x the time of one alone, measured in the same run. What is missing from "
-            "100% of wall time went into context switches: short slices are flattened by them."
-        ],
-        {"iteration_us": pair.iteration_us, "runs": main + curve},
+        [Table("GPU time by priority", header, [stretch.row() for stretch in stretches])],
+        [note],
+        {"iteration_us": pair.iteration_us, "stretches": [stretch._asdict() for stretch in stretches]},
     )

@@ -1,9 +1,10 @@
 """compute.max: the share of GPU time that a quota leaves, over 10 s."""
 
-import random
+from typing import NamedTuple
 
 from gcg.bench import FMA, Bench
 from gcg.figure import Figure, Result, Table, verdict
+from gcg.service import Workload
 
 # Quota and period in microseconds; the first is the one with a figure to reach.
 _QUOTAS = ((20_000, 100_000), (50_000, 100_000), (5_000, 10_000))
@@ -12,46 +13,68 @@ _FREE_SECONDS = 1.0
 _TOLERANCE = 1.0
 
 
+class _Stretch(NamedTuple):
+    """A stretch without a quota, and the one with it that followed; growth of counters."""
+
+    quota: int
+    period: int
+    free_s: float
+    free: dict[str, int]
+    took_s: float
+    grown: dict[str, int]
+
+    def figure(self) -> Figure:
+        """Its line."""
+        wanted = self.quota / self.period * 100
+        share = self.grown["usage_usec"] / self.took_s / 1e4
+        work = self.rate() / self.free_rate() * 100
+        return Figure(
+            f"compute.max {self.quota} {self.period}",
+            f"{wanted:.0f}% of GPU time, within {_TOLERANCE:.0f} point, over {_SECONDS:.0f} s",
+            f"{share:.2f}% of GPU time; {work:.2f}% of its unthrottled iterations a second",
+            f"{self.grown['nr_throttled']} periods throttled in {self.took_s:.2f} s",
+            verdict(abs(share - wanted) <= _TOLERANCE),
+        )
+
+    def rate(self) -> float:
+        """Iterations a second under the quota."""
+        return self.grown["nr_iterations"] / self.took_s
+
+    def free_rate(self) -> float:
+        """Iterations a second without."""
+        return self.free["nr_iterations"] / self.free_s
+
+    def row(self) -> list[str]:
+        """Its line of the further table."""
+        seconds = [self.grown[key] / 1e6 for key in ("usage_usec", "throttled_usec")]
+        return [
+            f"{self.quota} {self.period}",
+            f"{self.took_s:.3f}",
+            *(f"{value:.4f}" for value in seconds),
+            str(self.grown["nr_throttled"]),
+            f"{self.rate():.3e}",
+            f"{self.free_rate():.3e}",
+        ]
+
+
+_HEADER = ["compute.max", "wall s", "usage s", "throttled s", "nr_throttled"]
+_HEADER += ["iterations/s", "unthrottled iterations/s"]
+
+
+def _stretch(bench: Bench, workload: Workload, quota: int, period: int) -> _Stretch:
+    workload.write("compute.max", "max")
+    free_s, (free,) = bench.counted([workload], _FREE_SECONDS)
+    workload.write("compute.max", f"{quota} {period}")
+    took_s, (grown,) = bench.counted([workload], _SECONDS)
+    return _Stretch(quota, period, free_s, free, took_s, grown)
+
+
 def measure(bench: Bench) -> Result:
     """Each quota for 10 s, with an unthrottled stretch before each one."""
     workload = bench.launch_frozen(**FMA, blocks="per-sm:1")
-    result = Result()
-    rows = []
-    # In another order than by size, so that a drift is not taken for an effect.
-    order = list(_QUOTAS)
-    random.Random(1).shuffle(order)
-    found = {}
-    for quota, period in order:
-        workload.write("compute.max", "max")
-        free_s, (free,) = bench.counted([workload], _FREE_SECONDS)
-        workload.write("compute.max", f"{quota} {period}")
-        took_s, (grown,) = bench.counted([workload], _SECONDS)
-        found[quota, period] = (free_s, free, took_s, grown)
-    for (quota, period), (free_s, free, took_s, grown) in sorted(found.items(), key=lambda i: _QUOTAS.index(i[0])):
-        share = grown["usage_usec"] / took_s / 1e4
-        wanted = quota / period * 100
-        work = grown["nr_iterations"] / took_s / (free["nr_iterations"] / free_s) * 100
-        result.figures.append(
-            Figure(
-                f"compute.max {quota} {period}",
-                f"{wanted:.0f}% of GPU time, within {_TOLERANCE:.0f} point, over {_SECONDS:.0f} s",
-                f"{share:.2f}% of GPU time; {work:.2f}% of its unthrottled iterations a second",
-                f"{grown['nr_throttled']} periods throttled in {took_s:.2f} s",
-                verdict(abs(share - wanted) <= _TOLERANCE),
-            )
-        )
-        rows.append(
-            [
-                f"{quota} {period}",
-                f"{took_s:.3f}",
-                f"{grown['usage_usec'] / 1e6:.4f}",
-                f"{grown['throttled_usec'] / 1e6:.4f}",
-                str(grown["nr_throttled"]),
-                f"{grown['nr_iterations'] / took_s:.3e}",
-                f"{free['nr_iterations'] / free_s:.3e}",
-            ]
-        )
-        result.raw[f"{quota} {period}"] = {"seconds": took_s, "grown": grown, "free_seconds": free_s, "free": free}
-    header = ["compute.max", "wall s", "usage s", "throttled s", "nr_throttled", "iterations/s", "unthrottled iterations/s"]
-    result.tables.append(Table("Counters over each stretch", header, rows))
-    return result
+    stretches = [_stretch(bench, workload, *quota) for quota in _QUOTAS]
+    return Result(
+        [stretch.figure() for stretch in stretches],
+        [Table("Counters over each stretch", _HEADER, [stretch.row() for stretch in stretches])],
+        raw={"stretches": [stretch._asdict() for stretch in stretches]},
+    )

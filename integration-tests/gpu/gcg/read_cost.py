@@ -43,7 +43,9 @@ def parse(text: str) -> list[_Line]:
 def measure(bench: Bench) -> Result:
     """Runs it; the worst file of each kind of read counts."""
     program = _find(bench.directory)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=_LIMIT_S, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(program)], capture_output=True, text=True, timeout=_LIMIT_S, stdin=subprocess.DEVNULL
+    )
     if done.returncode != 0:
         raise RuntimeError(f"read_cost ended with status {done.returncode}: {done.stderr.strip()}")
     lines = parse(done.stdout)
@@ -54,11 +56,12 @@ def measure(bench: Bench) -> Result:
     for kind in dict.fromkeys(line.kind for line in lines):
         of_kind = [line for line in lines if line.kind == kind]
         worst = max(of_kind, key=lambda line: line.ratio)
+        medians = f"{worst.ours_p50:.2f} us, bare {worst.bare_p50:.2f} us"
         result.figures.append(
             Figure(
                 f"one control-file read, {kind}",
                 f"<= {_MOST} times a bare fuser filesystem in the same run",
-                f"{worst.ratio:.3f} times ({worst.file}: {worst.ours_p50:.2f} us, bare {worst.bare_p50:.2f} us)",
+                f"{worst.ratio:.3f} times: {medians} ({worst.file})",
                 f"{len(of_kind)} files, {count} reads of each",
                 verdict(worst.ratio <= _MOST),
             )

@@ -48,7 +48,8 @@ def _result(took_ms: dict[int, list[float]], wrong: list[str], samples: list[Sam
     us = {sms: [s.device_us for s in samples if s.sm_count == sms] for sms in took_ms}
     if not all(us.values()):
         raise RuntimeError("no launches were seen on one of the two sizes")
-    times = numbers.median(us[small]) / numbers.median(us[large])
+    slow, fast = numbers.median(us[small]), numbers.median(us[large])
+    times = slow / fast
     in_force = Figure(
         f"live resize {large} to {small} to {large} SMs, write(2) to return",
         f"within {_MAX_MS:.0f} ms with the new size in force",
@@ -60,7 +61,7 @@ def _result(took_ms: dict[int, list[float]], wrong: list[str], samples: list[Sam
     doubled = Figure(
         f"the same: time of a launch of {large} blocks",
         f"doubles on {small} SMs",
-        f"{numbers.median(us[small]):.1f} us on {small} SMs, {numbers.median(us[large]):.1f} us on {large} ({times:.3f}x)",
+        f"{slow:.1f} us on {small} SMs, {fast:.1f} us on {large} ({times:.3f} times)",
         f"{len(us[small])} and {len(us[large])} launches",
         verdict(_DOUBLED[0] <= times <= _DOUBLED[1]),
     )
@@ -68,7 +69,9 @@ def _result(took_ms: dict[int, list[float]], wrong: list[str], samples: list[Sam
     for sms, values in took_ms.items():
         s = numbers.spread(values)
         rows.append([f"to {sms} SMs", str(s.n), *(f"{v:.2f}" for v in s[1:])])
-    table = Table("Time of a write to sm.count", ["resize", "n", "p50 ms", "p90 ms", "p99 ms", "max ms"], rows)
+    table = Table(
+        "Time of a write to sm.count", ["resize", "n", "p50 ms", "p90 ms", "p99 ms", "max ms"], rows
+    )
     raw = {"took_ms": {str(sms): ms for sms, ms in took_ms.items()}, "wrong": wrong}
     raw["device_us"] = {str(sms): values for sms, values in us.items()}
     return Result([in_force, doubled], [table], raw=raw)

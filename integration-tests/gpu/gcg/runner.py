@@ -44,6 +44,11 @@ class Runner:
                 self.outcomes.append(outcome)
                 _say(outcome)
                 after_each(self)
+        except KeyboardInterrupt:
+            for part in parts[len(self.outcomes) :]:
+                result = _nothing(part, "not measured: interrupted", Verdict.SKIPPED)
+                self.outcomes.append(Outcome(part, result, 0.0))
+            raise
         finally:
             self._end_service()
             after_each(self)

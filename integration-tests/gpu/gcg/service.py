@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -22,6 +23,7 @@ _READY_S = 60.0
 _STOP_S = 15.0
 # Until a workload that was told to end has lost its directory.
 _KILL_S = 10.0
+_KILLS_AT_ONCE = 8
 # Until guardian, workers and MPS server have ended behind a service that has.
 _HELPERS_S = 12.0
 
@@ -56,7 +58,8 @@ class Workload:
 
     def spec(self) -> dict[str, Any]:
         """Its spec as decided, every field in it."""
-        return json.loads(self.read("workload.spec"))
+        spec: dict[str, Any] = json.loads(self.read("workload.spec"))
+        return spec
 
 
 @dataclass
@@ -173,8 +176,10 @@ class Service:
     def clear(self) -> None:
         """Ends every workload and removes every partition."""
         pids = files.read(self.root / "processes" / "list").split()[1:]
-        for pid in pids:
-            self._kill(self.root / "processes" / pid)
+        with ThreadPoolExecutor(_KILLS_AT_ONCE) as pool:
+            # Taken one by one, so that an error shows.
+            for _ in pool.map(self._kill, (self.root / "processes" / pid for pid in pids)):
+                pass
         for partition in (self.root / "partitions" / str(self.gpu)).iterdir():
             partition.rmdir()
 

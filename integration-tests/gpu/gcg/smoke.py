@@ -1,6 +1,7 @@
 """Every kernel of the catalogue, sliced and uncut: counters move, samples make sense."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from gcg import numbers
@@ -26,15 +27,15 @@ class _Case(NamedTuple):
 
 
 def _flops(each: int) -> Callable[[dict[str, Any]], float]:
-    return lambda spec: each * spec["ilp"] * spec["threads"] * spec["blocks"]
+    return lambda spec: float(each * spec["ilp"] * spec["threads"] * spec["blocks"])
 
 
 def _copied(spec: dict[str, Any]) -> float:
-    return spec["bytes"]
+    return float(spec["bytes"])
 
 
 def _copied_per_block(spec: dict[str, Any]) -> float:
-    return spec["bytes"] * spec["blocks"]
+    return float(spec["bytes"] * spec["blocks"])
 
 
 def _slept(spec: dict[str, Any]) -> float:
@@ -62,13 +63,14 @@ def _wrong(workload: Workload, phase: Phase, before: dict[str, int]) -> list[str
         "no iterations": stat["nr_iterations"] > before["nr_iterations"],
         "no GPU time": stat["usage_usec"] > before["usage_usec"],
         "more ended than were submitted": stat["nr_ended_kernels"] <= stat["nr_submitted_kernels"],
-        "launch numbers with gaps": all(b.seq == a.seq + 1 for a, b in zip(samples, samples[1:], strict=False)),
+        "launch numbers with gaps": all(b.seq == a.seq + 1 for a, b in pairwise(samples)),
         "a launch of no time": all(s.device_us > 0 for s in samples),
         "a launch longer than the host saw": all(s.device_us <= s.wall_us + _SLACK_US for s in samples),
     }
     median = numbers.median(phase.device_us(workload.name))
     if workload.spec()["kernel"] != "copy":
-        checks[f"a launch of {median:.0f} us where about 500 were asked for"] = _LAUNCH_US[0] <= median <= _LAUNCH_US[1]
+        usual = _LAUNCH_US[0] <= median <= _LAUNCH_US[1]
+        checks[f"a launch of {median:.0f} us where about 500 were asked for"] = usual
     return [what for what, fine in checks.items() if not fine]
 
 
@@ -90,10 +92,9 @@ def measure(bench: Bench) -> Result:
             what = f"{spec['kernel']} {spec['bytes'] or ''}".strip()
             wrong += [f"{what}, {form}: {text}" for text in found]
             count += s.n
-            rows.append(
-                [what, form, str(spec["blocks"]), str(spec["threads"]), str(spec["iterations"]), str(s.n)]
-                + [f"{s.p50:.1f}", f"{s.p99:.1f}", f"{rate:.4g} {case.unit}", "; ".join(found) or "none"]
-            )
+            row = [what, form, *(str(spec[key]) for key in ("blocks", "threads", "iterations")), str(s.n)]
+            row += [f"{s.p50:.1f}", f"{s.p99:.1f}", f"{rate:.4g} {case.unit}", "; ".join(found) or "none"]
+            rows.append(row)
             result.raw[f"{what} {form}"] = {"spec": spec, "samples": phase.raw()[workload.name]}
             bench.service.clear()
     result.figures.append(
@@ -105,6 +106,17 @@ def measure(bench: Bench) -> Result:
             verdict(not wrong),
         )
     )
-    header = ["kernel", "form", "blocks", "threads", "iterations", "launches", "p50 us", "p99 us", "rate", "contradictions"]
+    header = [
+        "kernel",
+        "form",
+        "blocks",
+        "threads",
+        "iterations",
+        "launches",
+        "p50 us",
+        "p99 us",
+        "rate",
+        "contradictions",
+    ]
     result.tables.append(Table("Launches of each kernel", header, rows))
     return result

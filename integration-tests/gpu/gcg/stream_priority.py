@@ -7,6 +7,7 @@ more in the same time and its launches end sooner; where they do not, the three
 settings look alike.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +41,9 @@ class _Variant(NamedTuple):
     def title(self) -> str:
         """In words."""
         lengths = {_LONG_US: "long", _SHORT_US: "short"}
-        return f"{lengths[self.first_us]} and {lengths[self.second_us]}, {self.form}, {self.per_sm} blocks an SM"
+        return (
+            f"{lengths[self.first_us]} and {lengths[self.second_us]}, {self.form}, {self.per_sm} blocks an SM"
+        )
 
 
 VARIANTS = tuple(
@@ -96,7 +99,8 @@ def _solo(worker: Worker) -> float:
     worker.call({"freeze": False})
     time.sleep(_WINDOW_S / 2)
     after = worker.call({"freeze": True})["counters"]
-    return (after["iterations"] - before["iterations"]) / ((time.monotonic_ns() - began) / 1e9)
+    took_s = (time.monotonic_ns() - began) / 1e9
+    return float(after["iterations"] - before["iterations"]) / took_s
 
 
 def _prepare(rig: Rig, pair: Sequence[Worker], variant: _Variant, unit_us: float) -> None:
@@ -120,7 +124,7 @@ def _unit_us(rig: Rig) -> float:
     workers = rig.workers(1)
     ready = workers[0].prepare(blocks=rig.sm_count, form="sliced", iterations=None)
     rig.retire(workers)
-    return ready["launch_us"] / ready["iterations"]
+    return float(ready["launch_us"]) / int(ready["iterations"])
 
 
 def measure(bench: Bench) -> Result:
@@ -162,7 +166,7 @@ def _order(windows: list[_Window]) -> float:
     )
     if less == 0:
         return float("inf")
-    return (more / less) ** 0.5
+    return math.sqrt(more / less)
 
 
 def _rows(title: str, solo: list[float], windows: list[_Window]) -> list[list[str]]:
@@ -174,10 +178,15 @@ def _rows(title: str, solo: list[float], windows: list[_Window]) -> list[list[st
         for index in (0, 1):
             rate = numbers.median([window.rates[index] for window in found])
             row.append(f"{rate / solo[index]:.2f}")
-            walls = [us for window in found for us in window.wall_us[index]]
-            row.append(f"{numbers.percentile(walls, 50):.0f} / {numbers.percentile(walls, 99):.0f}" if walls else "none")
+            row.append(_percentiles([us for window in found for us in window.wall_us[index]]))
         rows.append(row)
     return rows
+
+
+def _percentiles(values: list[float]) -> str:
+    if not values:
+        return "none"
+    return f"{numbers.percentile(values, 50):.0f} / {numbers.percentile(values, 99):.0f}"
 
 
 def _table(rows: list[list[str]]) -> Table:
@@ -190,7 +199,8 @@ def _table(rows: list[list[str]]) -> Table:
 def _raw(solo: list[float], windows: list[_Window], order: float) -> dict[str, object]:
     return {
         "solo_iterations_per_s": solo,
-        "order": order,
+        # JSON has no infinity.
+        "order": order if math.isfinite(order) else None,
         "windows": [
             {
                 "priorities": window.priorities,
@@ -234,8 +244,8 @@ def by_file(bench: Bench) -> Result:
         return Result([figure])
     pair: list[Workload] = []
     iterations = bench.iterations(_SHORT_US)
-    for workload in ("first", "second"):
-        pair.append(bench.launch_frozen(**FMA, name=workload, blocks="per-sm:8", iterations=iterations))
+    for which in ("first", "second"):
+        pair.append(bench.launch_frozen(**FMA, name=which, blocks="per-sm:8", iterations=iterations))
     rows, ratios = [], []
     for priorities in _PRIORITIES * _ROUNDS:
         for workload, priority in zip(pair, priorities, strict=True):
@@ -245,11 +255,15 @@ def by_file(bench: Bench) -> Result:
         ratios.append(rates[0] / rates[1])
         row = [f"{priorities[0]} and {priorities[1]}", f"{ratios[-1]:.2f}"]
         for workload in pair:
-            s = numbers.spread([sample.wall_us for sample in phase.samples[workload.name]])
-            row.append(f"{s.p50:.0f} / {s.p99:.0f}")
+            row.append(_percentiles([sample.wall_us for sample in phase.samples[workload.name]]))
         rows.append(row)
     bench.service.freeze(pair)
-    header = ["priorities", "launches, first : second", "first: wall p50 / p99 us", "second: wall p50 / p99 us"]
+    header = [
+        "priorities",
+        "launches, first : second",
+        "first: wall p50 / p99 us",
+        "second: wall p50 / p99 us",
+    ]
     words = "first : second " + ", ".join(f"{row[1]} at {row[0]}" for row in rows)
     figure = Figure(name, to_reach, words, f"{len(rows)} phases of {_PHASE_S} s", Verdict.RECORDED)
     return Result([figure], [Table("Two workloads in the same SMs", header, rows)], raw={"ratios": ratios})

@@ -93,19 +93,21 @@ class Worker:
             raise RuntimeError(f"worker {self._child.pid} failed: {json.dumps(error)}")
 
     def prepare(
-        self, *, blocks: int, form: str, iterations: int | None, depth: int = 2, threads: int = 1024
+        self, *, blocks: int, form: str, iterations: int | None, kernel: str = "fma_fp32"
     ) -> dict[str, Any]:
-        """Prepares fma_fp32 with 4 chains on the whole GPU; its readiness."""
-        plan = {"kernel": "fma_fp32", "ilp": 4, "blocks": blocks, "threads": threads}
+        """Prepares an arithmetic kernel with 4 chains and blocks of 1024 threads on the
+        whole GPU, two launches in flight; its readiness."""
+        plan = {"kernel": kernel, "ilp": 4, "blocks": blocks, "threads": 1024}
         setup = {
             "plan": {**plan, "bytes": 0, "form": form},
             "iterations": iterations,
             "duration_ms": None,
             "placement": placement(0),
             "quota": _UNLIMITED,
-            "depth": depth,
+            "depth": 2,
         }
-        return self.call({"prepare": setup})["answer"]["ready"]
+        ready: dict[str, Any] = self.call({"prepare": setup})["answer"]["ready"]
+        return ready
 
     def verify(self) -> tuple[int, int]:
         """Compares results with the CPU reference; values compared, and wrong ones."""
@@ -211,7 +213,7 @@ class Rig:
         inherited = {key: os.environ[key] for key in keep if key in os.environ}
         child = subprocess.Popen(
             [str(self.binary), "worker"],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             cwd="/",
             env={**inherited, **self._environment, "CUDA_CACHE_DISABLE": "1"},

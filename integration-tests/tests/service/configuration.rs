@@ -182,8 +182,10 @@ fn every_key_of_the_file_is_in_force() {
         .stderr(std::process::Stdio::null())
         .spawn()
         .expect("it starts without a subcommand too");
-    let second = mount.join("devices/1");
-    let served = wait::becomes(std::time::Duration::from_secs(20), || second.exists());
+    let gpus = ["devices/0", "devices/1"].map(|gpu| mount.join(gpu));
+    let served = wait::becomes(std::time::Duration::from_secs(20), || {
+        gpus.iter().all(|gpu| gpu.exists())
+    });
     let enforcers = fs::read_to_string(mount.join("devices/0/gcgroup.enforcers"));
     process::signal(child.id(), rustix::process::Signal::TERM);
     let status = child.wait().expect("it is our child");

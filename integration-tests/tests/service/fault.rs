@@ -166,6 +166,47 @@ fn a_caller_that_waits_can_be_killed() {
 }
 
 #[test]
+fn a_caller_behind_one_that_waits_can_be_killed() {
+    let instance = Instance::new();
+    let workload = instance.launch_fma();
+    instance.fault(Operation::RaiseStop, of(&workload), Effect::Hang);
+    let path = instance.path(workload.file("compute.freeze"));
+    let write = || {
+        std::process::Command::new("sh")
+            .args(["-c", "echo 1 > \"$0\""])
+            .arg(&path)
+            .spawn()
+            .expect("sh is there")
+    };
+    let mut first = write();
+    std::thread::sleep(Duration::from_millis(200));
+    let mut second = write();
+    std::thread::sleep(Duration::from_millis(200));
+    second.kill().expect("it runs");
+    let ended = wait::becomes(2 * SECOND, || !matches!(second.try_wait(), Ok(None)));
+    instance.clear_faults();
+    assert!(first.wait().expect("it is our child").success());
+    assert!(ended, "a killed caller is left waiting");
+}
+
+#[test]
+fn a_freeze_of_several_that_hangs_delays_no_other() {
+    let instance = Instance::new();
+    let (hung, other) = (instance.launch_fma(), instance.launch_fma());
+    instance.fault(Operation::RaiseStop, of(&hung), Effect::Hang);
+    std::thread::scope(|scope| {
+        let write = scope.spawn(|| instance.write("gcgroup.freeze", format!("1 {}", hung.pid)));
+        std::thread::sleep(Duration::from_millis(200));
+        let since = Instant::now();
+        instance.set("gcgroup.freeze", &format!("1 {}", other.pid));
+        let waited = since.elapsed();
+        instance.clear_faults();
+        assert_eq!(write.join().expect("no panic"), Ok(()));
+        assert!(waited < 2 * SECOND, "{waited:?}");
+    });
+}
+
+#[test]
 fn a_freeze_that_fails_is_an_error_and_ends_what_cannot_be_stopped() {
     let instance = Instance::new();
     for (effect, errno) in [(breakage(), Errno::IO), (refusal(), Errno::OPNOTSUPP)] {

@@ -73,7 +73,12 @@ fn a_name_has_a_form() {
     ] {
         assert_eq!(mkdir(&instance, name), Err(Errno::INVAL), "{name:?}");
     }
-    assert_eq!(mkdir(&instance, &"a".repeat(2000)), Err(Errno::NAMETOOLONG));
+    let longer_than_any = mkdir(&instance, &"a".repeat(2000));
+    assert!(
+        // From the service or, depending on its version, from the kernel.
+        matches!(longer_than_any, Err(Errno::INVAL | Errno::NAMETOOLONG)),
+        "{longer_than_any:?}"
+    );
     assert_eq!(instance.names("partitions/0").len(), 6);
 }
 

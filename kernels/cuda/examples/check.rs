@@ -1,4 +1,5 @@
-//! Tries the engine on a GPU: `check [UUID]`, the first GPU where none is named.
+//! Tries the engine on a GPU: `check [--stops] [UUID]`, the first GPU where none is named; with
+//! `--stops` only how long a stop takes.
 //!
 //! It runs every kernel in both forms with stops at random moments and compares the results with
 //! the CPU reference, moves a running workload between SM partitions, and measures what the looks
@@ -18,6 +19,8 @@ const DEPTH: usize = 4;
 const LAUNCH_US: f64 = 500.0;
 /// Poll intervals that are tried, microseconds.
 const POLLS_US: [f64; 4] = [5.0, 10.0, 20.0, 40.0];
+/// Ways to set the flag that are compared.
+const PATHS: [FlagPath; 2] = [FlagPath::Copy, FlagPath::WriteValue];
 /// Threads of a block that are no multiple of a warp.
 const CROOKED: u32 = 100;
 /// Bytes of a copy that takes longer for one sweep than it is run for.
@@ -343,7 +346,7 @@ fn stop_latency(uuid: &str, sms: u32, dice: &mut Dice) -> Result<()> {
         "kernel", "flag by", "poll", "p50", "p90", "p99", "max", "call itself"
     );
     for kernel in ["fma_fp32", "copy"] {
-        for path in [FlagPath::Copy, FlagPath::WriteValue] {
+        for path in PATHS {
             let row = find(kernel).context("no such kernel")?;
             let mut engine = open(
                 uuid,
@@ -367,6 +370,46 @@ fn stop_latency(uuid: &str, sms: u32, dice: &mut Dice) -> Result<()> {
                     quantile(&calls, 0.5)
                 );
             }
+        }
+    }
+    Ok(())
+}
+
+/// How long a stop takes on one stream after another, since streams share the queues of the device:
+/// under MPS a client has two.
+fn stop_by_placement(uuid: &str, sms: u32, dice: &mut Dice) -> Result<()> {
+    println!("\nstop on one stream after another, looks every 20 us, 200 times, microseconds");
+    println!(
+        "{:<12}{:<20}{:>9}{:>9}{:>9}{:>9}",
+        "flag by", "placement", "p50", "p90", "p99", "max"
+    );
+    let group = |groups: Vec<u32>| Placement {
+        groups: Some(groups),
+        stream_priority: 0,
+    };
+    let placements = [
+        ("whole", WHOLE),
+        ("whole again", WHOLE),
+        ("groups 0..=7", group((0..8).collect())),
+        ("groups 8..=15", group((8..16).collect())),
+        ("groups 0..=7 again", group((0..8).collect())),
+    ];
+    for path in PATHS {
+        let row = find("fma_fp32").context("no such kernel")?;
+        let plan = plan("fma_fp32", row.default_ilp, sms / 2, Form::Sliced)?;
+        let mut engine = open(uuid, path, &plan)?;
+        for (name, placement) in &placements {
+            engine.place(placement)?;
+            let (units, each) = calibrate(&mut engine)?;
+            let (times, _) = stops(&mut engine, dice, units, poll_units(each, 20.0))?;
+            println!(
+                "{:<12}{name:<20}{:>9.1}{:>9.1}{:>9.1}{:>9.1}",
+                format!("{path:?}"),
+                quantile(&times, 0.5),
+                quantile(&times, 0.9),
+                quantile(&times, 0.99),
+                quantile(&times, 1.0)
+            );
         }
     }
     Ok(())
@@ -481,7 +524,10 @@ fn partitions(uuid: &str) -> Result<u64> {
 
 fn main() -> Result<()> {
     let start = Instant::now();
-    let uuid = match std::env::args().nth(1) {
+    let (options, mut names): (Vec<_>, Vec<_>) = std::env::args()
+        .skip(1)
+        .partition(|argument| argument.starts_with("--"));
+    let uuid = match names.pop() {
         Some(uuid) => uuid,
         None => devices()?.first().context("no GPU")?.uuid.clone(),
     };
@@ -493,6 +539,10 @@ fn main() -> Result<()> {
     let facts = keeper.facts();
     println!("{facts:?}");
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    if options.iter().any(|option| option == "--stops") {
+        stop_by_placement(&uuid, facts.sm_count, &mut dice)?;
+        return stop_latency(&uuid, facts.sm_count, &mut dice);
+    }
     let mut wrong = partitions(&uuid)?;
     wrong += correctness(&uuid, facts.sm_count, facts.memory_bytes, &mut dice)?;
     polling_cost(&uuid, facts.sm_count)?;
