@@ -185,7 +185,7 @@ pub(crate) struct Controller {
     stale_gpus: BTreeSet<u32>,
     /// What is told once everybody has an answer.
     log: Vec<change::LogLine>,
-    /// Until when an answer of a worker is worth waiting for without sleeping.
+    /// Until when something is likely enough to come to wait for it awake.
     awake_until: Option<u64>,
     gpus: BTreeMap<u32, GpuState>,
     procs: BTreeMap<NodeId, Proc>,

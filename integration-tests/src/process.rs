@@ -125,6 +125,22 @@ pub fn resident_kib(pid: u32) -> u64 {
     digits.parse().expect("VmRSS is a number of kB")
 }
 
+/// Processor time that a process has used, in clock ticks: 100 a second on every
+/// Linux system.
+///
+/// # Panics
+/// When it has ended.
+#[must_use]
+pub fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+    let (_, fields) = stat
+        .rsplit_once(") ")
+        .expect("the name stands in parentheses");
+    // Fields 14 and 15, user and system time; the first one here is field 3.
+    let times = fields.split(' ').skip(11).take(2);
+    times.filter_map(|time| time.parse::<u64>().ok()).sum()
+}
+
 /// Whether something is mounted at this path, alive or not.
 ///
 /// # Panics

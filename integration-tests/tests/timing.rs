@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use gcgroup_device_sim::{Effect, Operation};
 use gcgroup_integration_tests::fault::of;
-use gcgroup_integration_tests::{Errno, Instance, Launched, Setup, wait};
+use gcgroup_integration_tests::{Errno, Instance, Launched, Setup, process, wait};
 use serde_json::json;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -305,6 +305,25 @@ fn reads_stay_fast_beside_32_writes_that_hang() {
             instance.text(workload.file("compute.freeze")) == "1"
         });
     }
+}
+
+#[test]
+fn a_service_with_32_frozen_workloads_is_idle() {
+    let _alone = alone();
+    let instance = Instance::new();
+    let workloads = idlers(&instance, 32);
+    switch(&instance, 1, &workloads.iter().collect::<Vec<_>>());
+    // What reads have asked for is sampled for a while after the last one.
+    std::thread::sleep(Duration::from_secs(3));
+    let before = process::ticks(instance.pid());
+    std::thread::sleep(Duration::from_secs(4));
+    let used = process::ticks(instance.pid()) - before;
+    assert!(
+        used <= 4,
+        "{used} ticks in 4 s are more than 1% of a processor"
+    );
+    let resident = process::resident_kib(instance.pid());
+    assert!(resident < 60 * 1024, "{resident} KiB are resident");
 }
 
 #[test]

@@ -250,17 +250,7 @@ impl Controller {
                 name,
                 spec: spec.to_json(),
             }),
-            settings: Settings {
-                // The timeslice is set by a job of its own, below.
-                priority: if channels.is_some() {
-                    Priority::default()
-                } else {
-                    spec.priority
-                },
-                freeze: Switch::Off,
-                max: spec.compute_max,
-                partition: spec.partition.clone(),
-            },
+            settings: first_settings(spec, channels.is_some()),
             counters,
             readiness,
             samples: Arc::default(),
@@ -275,25 +265,22 @@ impl Controller {
             refreshed_ns: now_ns(),
             kill: None,
         };
-        tracing::info!(
-            pid,
-            gpu = spec.gpu,
-            name = proc.workload.name,
-            kernel = spec.kernel,
-            "workload launched"
-        );
+        self.enter(proc, &spec.kernel);
+        Ok(entry)
+    }
+
+    /// Takes a process in and shows it.
+    fn enter(&mut self, proc: Proc, kernel: &str) {
+        let (entry, gpu) = (proc.entry, proc.gpu);
+        let name = &proc.workload.name;
+        tracing::info!(pid = proc.pid, gpu, name, kernel, "workload launched");
         self.procs.insert(entry, proc);
         self.counters.launched += 1;
         self.publish(entry);
-        self.publish_gpu(spec.gpu);
-        self.tell(
-            entry,
-            Command::ReportEvery {
-                ms: self.report_every_ms,
-            },
-        );
+        self.publish_gpu(gpu);
+        let ms = self.report_every_ms;
+        self.tell(entry, Command::ReportEvery { ms });
         self.reconcile(entry);
-        Ok(entry)
     }
 
     /// Sets what is not set yet and starts it, at its barrier where it has one.
@@ -351,5 +338,21 @@ impl Controller {
             gpu: proc.gpu,
             name: proc.workload.name.clone(),
         })
+    }
+}
+
+/// The settings that a workload begins with. Where its timeslice is known it is
+/// the driver's, until a job of its own has set the one asked for.
+fn first_settings(spec: &WorkloadSpec, has_timeslice: bool) -> Settings {
+    let priority = if has_timeslice {
+        Priority::default()
+    } else {
+        spec.priority
+    };
+    Settings {
+        priority,
+        freeze: Switch::Off,
+        max: spec.compute_max,
+        partition: spec.partition.clone(),
     }
 }

@@ -323,7 +323,7 @@ impl Controller {
             proc.placed = groups.clone();
         }
         if proc.jobs.contains_key(&id) {
-            self.awake_until = None;
+            self.stay_awake();
             // Before the lane begins the next job, so that it finds this one's
             // setting in force.
             self.end_job(node, id, result.map(|_| ()));

@@ -20,10 +20,11 @@ const READ_REPORT_MS: u64 = 50;
 /// The same while nobody does: the first value after a pause is at most 1 s old.
 pub(super) const UNREAD_REPORT_MS: u64 = 900;
 
-/// How long the controller waits for a worker's answer without sleeping,
-/// nanoseconds: three times what a stop takes at p99 on an H200. Beyond that it
-/// is an uncut kernel or a context switch, and sleeping costs nothing more.
-const AWAKE_NS: u64 = 200_000;
+/// How long the controller stays awake for a worker's answer, and for the next
+/// change after one, nanoseconds. In a virtual machine waking a processor was
+/// seen to take longer than a stop (docs/measurements/service.md); a stop takes
+/// some 60 us.
+const AWAKE_NS: u64 = 400_000;
 
 /// Sleeps until a point of the monotonic clock, for good where there is none.
 pub(super) async fn until(deadline_ns: Option<u64>) {
@@ -47,8 +48,7 @@ impl Controller {
         lanes.chain(kills).chain(stop).min()
     }
 
-    /// Whether a worker is about to answer: a freeze takes some 60 us there, a
-    /// thaw less.
+    /// Whether something is about to come.
     pub(super) fn stays_awake(&mut self) -> bool {
         let awake = self.awake_until.is_some_and(|until| now_ns() < until);
         if !awake {
@@ -57,7 +57,7 @@ impl Controller {
         awake
     }
 
-    /// An answer of a worker is expected within [`AWAKE_NS`].
+    /// An answer or a further change may come within [`AWAKE_NS`].
     pub(super) fn stay_awake(&mut self) {
         self.awake_until = Some(now_ns() + AWAKE_NS);
     }

@@ -187,7 +187,7 @@ fn others_may_read_and_the_group_may_write_where_it_is_let() {
             let mut command = Command::new("setpriv");
             command.args(["--reuid=65534", "--clear-groups"]);
             command.arg(format!("--regid={group}"));
-            let script = format!("{script} 2>/dev/null");
+            let script = format!("{{ {script}; }} 2>/dev/null");
             command.args(["sh", "-c", &script, "sh"]).arg(&path);
             command.status().expect("setpriv is there").success()
         };

@@ -36,7 +36,7 @@ fn a_child_serves_until_it_is_killed() {
 }
 
 /// A process that serves the control files at `root`; it ends with the test.
-struct Serving(Child);
+struct Serving(Child, PathBuf);
 
 impl Serving {
     fn start(root: &Path, mood: &Mood) -> Self {
@@ -50,7 +50,7 @@ impl Serving {
         if *mood == Mood::Panics {
             command.env(CHILD_PANICS, "1");
         }
-        let child = Self(command.spawn().expect("it starts"));
+        let child = Self(command.spawn().expect("it starts"), root.to_owned());
         let serves = || version(root).exists();
         assert!(eventually(Duration::from_secs(10), serves));
         child
@@ -64,9 +64,10 @@ impl Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // It has ended already, unless the test failed.
+        // It has ended and is unmounted already, unless the test failed.
         let _ = self.0.kill();
         let _ = self.0.wait();
+        let _ = clean_stale_mount(&self.1);
     }
 }
 
@@ -158,6 +159,8 @@ fn a_mount_whose_service_is_silent_is_cleaned_and_its_callers_are_let_go() {
     let mut child = Serving::start(&root, &Mood::Obeys);
     let pid = rustix::process::Pid::from_child(&child.0);
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("it is ours");
+    let stopped = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED);
+    stopped.expect("it is ours");
     let caller = {
         let file = root.join(File::ServiceStat.name());
         std::thread::spawn(move || fs::read(file))

@@ -139,13 +139,14 @@ def _measure(
             pause(rng)
             out.freeze_us.append(door.write(b"1") / 1e3)
             stop = _Stop(time.monotonic_ns(), 0)
-            if number % _LOOK_EVERY == 0:
+            # A look sleeps, and what follows a sleep is not awake.
+            if pause is _rest and number % _LOOK_EVERY == 0:
                 _look(workload, ledger, stop, out)
             pause(rng)
             stop.thawed_ns = time.monotonic_ns()
             out.thaw_us.append(door.write(b"0") / 1e3)
             out.stops.append(stop)
-            if number % _REPORT_EVERY == _REPORT_EVERY - 1:
+            if pause is _rest and number % _REPORT_EVERY == _REPORT_EVERY - 1:
                 time.sleep(_REPORT_S)
                 collector.look()
         door.write(b"1")

@@ -2,7 +2,7 @@
 //! no launch ends that should not.
 
 use gcgroup_kernels::engine::Form;
-use gcgroup_kernels::protocol::{Command, Counters, QuotaSetting};
+use gcgroup_kernels::protocol::{Command, Counters};
 use proptest::prelude::*;
 
 use crate::rig::{MS, Rig, UNBOUNDED, US, placement, quota, setup};
@@ -10,26 +10,22 @@ use crate::scripted::Script;
 
 #[derive(Clone, Debug)]
 enum Act {
-    Freeze(bool),
-    Quota(QuotaSetting),
-    Place(u32),
     Pass(u64),
-    ReportEvery(u64),
-    Verify,
+    Ask(Command),
 }
 
 fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
-        4 => any::<bool>().prop_map(Act::Freeze),
+        4 => any::<bool>().prop_map(|state| Act::Ask(Command::Freeze(state))),
         2 => (1_000u64..50_000, 10_000u64..100_000).prop_map(|(most, period)| {
-            Act::Quota(quota(most, period))
+            Act::Ask(Command::Quota(quota(most, period)))
         }),
-        1 => Just(Act::Quota(UNBOUNDED)),
-        2 => (1u32..=16).prop_map(Act::Place),
+        1 => Just(Act::Ask(Command::Quota(UNBOUNDED))),
+        2 => (1u32..=16).prop_map(|groups| Act::Ask(Command::Place(placement(0..groups)))),
         6 => (0u64..20 * MS).prop_map(Act::Pass),
         2 => (0u64..200 * US).prop_map(Act::Pass),
-        1 => (1u64..50).prop_map(Act::ReportEvery),
-        1 => Just(Act::Verify),
+        1 => (1u64..50).prop_map(|ms| Act::Ask(Command::ReportEvery { ms })),
+        1 => Just(Act::Ask(Command::Verify)),
     ]
 }
 
@@ -88,15 +84,11 @@ proptest! {
                     rig.pass(ns);
                     continue;
                 }
-                Act::Freeze(state) => {
-                    frozen = state;
-                    Command::Freeze(state)
-                }
-                Act::Quota(setting) => Command::Quota(setting),
-                Act::Place(groups) => Command::Place(placement(0..groups)),
-                Act::ReportEvery(ms) => Command::ReportEvery { ms },
-                Act::Verify => Command::Verify,
+                Act::Ask(command) => command,
             };
+            if let Command::Freeze(state) = command {
+                frozen = state;
+            }
             let verify = command == Command::Verify;
             let (result, counters) = rig.call(command);
             prop_assert_eq!(result.is_ok(), !verify || frozen);
