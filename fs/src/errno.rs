@@ -11,6 +11,7 @@ use rustix::io::Errno;
 pub(crate) fn of_refusal(refusal: &Refusal) -> Errno {
     match refusal {
         Refusal::Invalid(_) | Refusal::Spec(_) => Errno::INVAL,
+        Refusal::InField { refusal, .. } => of_refusal(refusal),
         Refusal::Range(_) => Errno::RANGE,
         Refusal::NotFound(_) => Errno::NOENT,
         Refusal::Exists(_) => Errno::EXIST,
@@ -52,6 +53,7 @@ mod tests {
             (Refusal::Invalid(text()), Errno::INVAL),
             (Refusal::Spec(SpecError::new("gpu", "")), Errno::INVAL),
             (Refusal::Range(text()), Errno::RANGE),
+            (Refusal::Exists(text()).of_field("name"), Errno::EXIST),
             (Refusal::NotFound(text()), Errno::NOENT),
             (Refusal::Exists(text()), Errno::EXIST),
             (Refusal::Gone(text()), Errno::NODEV),

@@ -89,6 +89,8 @@ impl Stream {
     }
 }
 
+const TOO_LONG: &str = "a workload is one JSON object of at most 65536 bytes";
+
 impl State {
     fn gather(&mut self, bytes: &[u8]) -> Result<Option<String>, &'static str> {
         for (index, byte) in bytes.iter().enumerate() {
@@ -100,11 +102,14 @@ impl State {
                         self.taken = 0;
                     }
                     if self.gathered.len() == Grammar::Spec.longest() {
-                        return Err("a workload is one JSON object of at most 65536 bytes");
+                        return Err(TOO_LONG);
                     }
                     self.gathered.push(*byte);
                 }
                 Scanned::Last => {
+                    if self.gathered.len() == Grammar::Spec.longest() {
+                        return Err(TOO_LONG);
+                    }
                     self.gathered.push(*byte);
                     if !bytes[index + 1..].iter().all(u8::is_ascii_whitespace) {
                         return Err("nothing may follow the JSON object in one write");
@@ -131,6 +136,7 @@ impl State {
 fn failure(refusal: &Refusal) -> String {
     let (message, field) = match refusal {
         Refusal::Spec(error) => (error.message.clone(), error.field.as_str()),
+        Refusal::InField { field, refusal } => (refusal.to_string(), *field),
         other => (other.to_string(), ""),
     };
     let (message, field) = (Value::from(message), Value::from(field));

@@ -96,6 +96,14 @@ pub enum Refusal {
     /// EINVAL with the field of a spec that was wrong.
     #[error("{0}")]
     Spec(SpecError),
+    /// The errno of another refusal, with the field of a spec that it concerns.
+    #[error("{field}: {refusal}")]
+    InField {
+        /// Name of the field.
+        field: &'static str,
+        /// What was wrong with it.
+        refusal: Box<Refusal>,
+    },
     /// ENOENT: the named thing does not exist.
     #[error("there is no {0}")]
     NotFound(String),
@@ -145,6 +153,17 @@ pub enum Begun {
     No,
     /// It runs to its end; `pending` in gcgroup.events tells when.
     Yes,
+}
+
+impl Refusal {
+    /// This refusal, as one of a field of a spec.
+    #[must_use]
+    pub fn of_field(self, field: &'static str) -> Self {
+        Self::InField {
+            field,
+            refusal: Box::new(self),
+        }
+    }
 }
 
 impl From<ValueError> for Refusal {

@@ -344,7 +344,7 @@ pub static ROWS: &[Row] = &[
     ro(File::MemoryCurrent, Place::ProcessGpu, "memory.current", "bytes", "Bytes resident on the device: what the workload allocated, in pages."),
     ro(File::MemoryPeak, Place::ProcessGpu, "memory.peak", "bytes", "Highest memory.current."),
     rw(File::Priority, Place::ProcessGpu, "compute.priority", Grammar::Priority, ("", "8"),
-       "0 is the most important, 15 the least. Under temporal sharing the timeslice of the compute channel groups, 524288 >> p microseconds."),
+       "0 is the most important, 15 the least. Under temporal sharing the timeslice of the compute channel groups, 524288 >> p microseconds; under spatial sharing the priority of the CUDA stream, -5 + p*6/16, which orders blocks that wait for room on an SM and changes nothing where all blocks fit."),
     rw(File::Freeze, Place::ProcessGpu, "compute.freeze", Grammar::Switch, ("", "0"),
        "1 stops the process on the GPU, 0 lets it run. The write returns when that is so."),
     rw(File::Max, Place::ProcessGpu, "compute.max", Grammar::Quota, ("microseconds", "max 100000"),

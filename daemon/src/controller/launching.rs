@@ -9,7 +9,7 @@ use gcgroup_kernels::protocol::{Command, Setup};
 use gcgroup_model::change::{Caller, Done, Refusal};
 use gcgroup_model::row::File;
 use gcgroup_model::snapshot::{Enforcer, NodeId, Settings, Workload};
-use gcgroup_model::spec::{Barrier, SpecError, WorkloadSpec};
+use gcgroup_model::spec::{Barrier, WorkloadSpec};
 use gcgroup_model::value::{PartitionName, PartitionRef, Priority, Switch};
 use gcgroup_policy::enforcer::{Origin, Sharing, enforcer};
 use gcgroup_policy::lane::Lane;
@@ -85,27 +85,27 @@ impl Controller {
             } else {
                 known.join(", ")
             };
-            let message = format!("there is no GPU {}; there are: {known}", spec.gpu);
-            return Err(SpecError::new("gpu", message).into());
+            let missing = format!("GPU {}; there are: {known}", spec.gpu);
+            return Err(Refusal::NotFound(missing).of_field("gpu"));
         };
         if spec.memory_limit.is_some() {
-            let reason = "memory_limit: this version enforces no memory limits";
-            return Err(Refusal::Unsupported(reason.to_owned()));
+            let reason = "this version enforces no memory limits";
+            return Err(Refusal::Unsupported(reason.to_owned()).of_field("memory_limit"));
         }
         let plan = catalogue::plan(spec, gpu.table.capacity())?;
-        let needs = |file: File| match enforcer(Origin::Launched, file, &gpu.can) {
-            Enforcer::None(reason) => {
-                Err(Refusal::Unsupported(format!("{}: {reason}", file.name())))
-            }
+        let needs = |file: File, field| match enforcer(Origin::Launched, file, &gpu.can) {
+            Enforcer::None(reason) => Err(Refusal::Unsupported(reason).of_field(field)),
             _ => Ok(()),
         };
         if spec.priority != Priority::default() {
-            needs(File::Priority)?;
+            needs(File::Priority, "priority")?;
         }
         if spec.partition != PartitionRef::None {
-            needs(File::Partition)?;
+            needs(File::Partition, "partition")?;
         }
-        let groups = self.groups_of(spec.gpu, &spec.partition)?;
+        let groups = self
+            .groups_of(spec.gpu, &spec.partition)
+            .map_err(|refusal| refusal.of_field("partition"))?;
         let name = self.name(spec)?;
         self.slot(spec.gpu)?;
         let depth = match gpu.can.sharing {
@@ -131,7 +131,9 @@ impl Controller {
                 || self.launches.values().any(|launch| launch.name == name)
         };
         match &spec.name {
-            Some(name) if taken(name) => Err(Refusal::Exists(format!("a workload named {name}"))),
+            Some(name) if taken(name) => {
+                Err(Refusal::Exists(format!("a workload named {name}")).of_field("name"))
+            }
             Some(name) => Ok(name.clone()),
             None => (1_u32..)
                 .map(|number| format!("{}-{number}", spec.kernel))
