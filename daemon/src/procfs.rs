@@ -15,6 +15,18 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
         .ok()
 }
 
+/// Whether the process that was recorded with this start time still runs. One
+/// that has ended and was not reaped does not.
+pub(crate) fn is_running(pid: u32, start: u64) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    let ended = stat
+        .rsplit_once(')')
+        .is_none_or(|(_, rest)| matches!(rest.trim_start().as_bytes().first(), Some(b'Z' | b'X')));
+    !ended && start_time(pid) == Some(start)
+}
+
 /// Facts of a process that its directory shows.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Facts {
@@ -60,5 +72,27 @@ mod tests {
         assert!(start_time(std::process::id()).is_some_and(|ticks| ticks > 0));
         // Above the kernel's greatest pid (4 Mi).
         assert_eq!(start_time(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_process_that_was_not_reaped_has_ended_all_the_same() {
+        let own = std::process::id();
+        let start = start_time(own).expect("this process runs");
+        assert!(is_running(own, start));
+        assert!(!is_running(own, start + 1), "another process");
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("sleep(1) exists");
+        let start = start_time(child.id()).expect("it runs");
+        assert!(is_running(child.id(), start));
+        child.kill().expect("it can be killed");
+        let give_up = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while is_running(child.id(), start) && std::time::Instant::now() < give_up {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(!is_running(child.id(), start), "a zombie counts as running");
+        assert_eq!(start_time(child.id()), Some(start), "it is a zombie still");
+        child.wait().expect("it can be reaped");
     }
 }

@@ -61,7 +61,7 @@ fn end_mps(records: &Records) {
 
 /// Whether a recorded process still is the one that was recorded.
 fn is_alive(helper: Helper) -> bool {
-    procfs::start_time(helper.pid) == Some(helper.start)
+    procfs::is_running(helper.pid, helper.start)
 }
 
 fn kill(helper: Helper) {

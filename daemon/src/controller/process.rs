@@ -253,8 +253,9 @@ impl Controller {
     /// gcgroup.kill: asks the worker to end, passing by its lane.
     pub(super) fn kill(&mut self, node: NodeId, reply: Reply) {
         self.tell(node, gcgroup_kernels::protocol::Command::End);
-        let deadline =
-            now_ns() + u64::try_from(self.config.settings_deadline.as_nanos()).unwrap_or(0);
+        // The worker's own time to end comes before the deadline begins.
+        let limit = launch::GRACE + self.config.settings_deadline;
+        let deadline = now_ns() + u64::try_from(limit.as_nanos()).unwrap_or(0);
         let Some(proc) = self.procs.get_mut(&node) else {
             self.answer(reply, Err(Refusal::Gone("the process".to_owned())));
             return;
@@ -288,7 +289,8 @@ impl Controller {
 
     /// Answers the callers of kills that even SIGKILL did not bring about.
     pub(super) fn give_up_kills(&mut self, now: u64) {
-        let limit_ms = u64::try_from(self.config.settings_deadline.as_millis()).unwrap_or(u64::MAX);
+        let limit = launch::GRACE + self.config.settings_deadline;
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let mut late = Vec::new();
         for proc in self.procs.values_mut() {
             if let Some(kill) = &mut proc.kill
