@@ -418,7 +418,14 @@ impl Controller {
                     self.answer(reply, Err(first));
                 }
             }
-            Commit::Set(..) | Commit::Started(_) | Commit::Nothing => {
+            Commit::Started(node) => {
+                // What did not start is no workload; its entry goes with it.
+                self.tell(node, Command::End);
+                if let Some(reply) = reply {
+                    self.answer(reply, Err(refusal));
+                }
+            }
+            Commit::Set(..) | Commit::Nothing => {
                 if let Some(reply) = reply {
                     self.answer(reply, Err(refusal));
                 }
