@@ -7,12 +7,17 @@ use anyhow::{Context, Result, bail};
 use gcgroup_model::row::GroupWrites;
 use serde::Deserialize;
 
+use crate::serve::Lives;
+
 /// Where the control files are mounted unless configured.
 pub(crate) const DEFAULT_MOUNTPOINT: &str = "/run/gcgroup";
 /// Where the journal, sockets and pipes are unless configured.
 pub(crate) const DEFAULT_STATE: &str = "/run/gcgroupd";
 /// File that is read when it exists and no other is named.
 const DEFAULT_FILE: &str = "/etc/gcgroup/gcgroupd.toml";
+/// Bytes of the state directory's path: the path of a Unix socket has 107 at
+/// most, and the longest below it is that of an MPS server's pipes.
+const STATE_LONGEST: usize = 75;
 /// GPUs that a simulated host can have.
 const SIM_GPUS: std::ops::RangeInclusive<u32> = 1..=16;
 
@@ -71,6 +76,20 @@ pub(crate) struct Flags {
     /// Where to serve metrics; this version knows only 'off'
     #[arg(long, value_name = "ADDR|off")]
     pub(crate) metrics: Option<String>,
+    /// End when standard input ends
+    #[arg(long, hide = true)]
+    until_input_ends: bool,
+}
+
+impl Flags {
+    /// How long the service shall live.
+    pub(crate) fn lives(&self) -> Lives {
+        if self.until_input_ends {
+            Lives::WithItsInput
+        } else {
+            Lives::ByItself
+        }
+    }
 }
 
 /// The configuration in force, checked.
@@ -149,6 +168,13 @@ impl Config {
             launch_deadline: millis("deadlines.launch_ms", file.deadlines.launch_ms, 30_000)?,
             stuck_after: millis("deadlines.stuck_ms", file.deadlines.stuck_ms, 60_000)?,
         };
+        let length = config.state.as_os_str().len();
+        if length > STATE_LONGEST {
+            bail!(
+                "state = {:?} is not allowed: {length} bytes, at most {STATE_LONGEST}, so that the sockets below it have paths that the kernel takes",
+                config.state
+            );
+        }
         if config.state.starts_with(&config.mountpoint) || config.mountpoint == config.state {
             bail!(
                 "state = {:?} is not allowed: it must lie outside of mountpoint = {:?}, which the control files cover",

@@ -31,6 +31,7 @@ use crate::clock::now_ns;
 use crate::config::Config;
 use crate::launch::{Context, Ready};
 use crate::link::FIRST_JOB;
+use crate::mps::Lost;
 
 use device::GpuState;
 use process::Proc;
@@ -103,8 +104,8 @@ pub(crate) enum Event {
         /// Its entry.
         node: NodeId,
     },
-    /// The private MPS servers of these GPUs were found lost.
-    MpsLost(Vec<u32>),
+    /// These private MPS servers were found lost.
+    MpsLost(Vec<Lost>),
     /// The service shall end.
     Stop,
     /// The control files were unmounted by somebody else: everything resumes,
@@ -279,7 +280,7 @@ impl Controller {
                     None => return self.end,
                 },
                 // A sleeping processor takes longer to wake than a worker to stop.
-                () = tokio::task::yield_now(), if self.stays_awake() => continue,
+                () = tokio::task::yield_now(), if self.stays_awake() => {}
                 () = timer::until(self.next_deadline()) => self.on_deadline(),
                 _ = ticker.tick() => self.on_tick(),
             }
@@ -289,6 +290,13 @@ impl Controller {
                     Ok(event) => self.handle(event),
                     Err(_) => break,
                 }
+            }
+            // However much comes in, deadlines are kept.
+            if self
+                .next_deadline()
+                .is_some_and(|deadline| deadline <= now_ns())
+            {
+                self.on_deadline();
             }
             self.flush();
             if self.may_end() {

@@ -6,8 +6,10 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +17,7 @@ use gcgroup_device::{GpuInfo, Telemetry};
 use gcgroup_device_nvidia::NvidiaHost;
 use gcgroup_model::row::File;
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// For a service to know its GPUs.
 const START: Duration = Duration::from_secs(15);
@@ -38,6 +41,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("the demo needs root: it mounts a filesystem and starts workers as another user");
     }
+    heed_signals()?;
     let choice = choose(args.sim);
     match &choice {
         Ok(gpu) => println!("GPU: {} (the real one)\n", gpu.name),
@@ -54,6 +58,45 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     let stopped = service.stop();
     shown?;
     stopped
+}
+
+/// Whether somebody wants the demo to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT and SIGTERM end the demo at its next rest, so that it
+/// cleans up.
+fn heed_signals() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+                return;
+            };
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            INTERRUPTED.store(true, Ordering::Relaxed);
+        });
+    });
+    Ok(())
+}
+
+/// Sleeps, unless somebody wants the demo to end.
+fn rest(length: Duration) -> Result<()> {
+    let until = Instant::now() + length;
+    loop {
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            bail!("interrupted");
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        std::thread::sleep(left.min(Duration::from_millis(20)));
+    }
 }
 
 /// The first real GPU that can be used, or why there is none.
@@ -92,7 +135,10 @@ impl Service {
         fs::write(&config, "").context("cannot write a configuration")?;
         command.arg("--config").arg(&config);
         let child = command
-            .stdin(Stdio::null())
+            .arg("--until-input-ends")
+            .stdin(Stdio::piped())
+            // A signal from a terminal is for the demo, which ends its service.
+            .process_group(0)
             .stderr(log)
             .spawn()
             .context("cannot start the service")?;
@@ -123,7 +169,7 @@ impl Service {
             if Instant::now() > give_up {
                 bail!("the GPU did not answer within {} s", START.as_secs());
             }
-            std::thread::sleep(Duration::from_millis(20));
+            rest(Duration::from_millis(20))?;
         }
         Ok(())
     }
@@ -146,14 +192,14 @@ impl Service {
         }
         let first = self.launch("first", "a")?;
         let second = self.launch("second", "b")?;
-        std::thread::sleep(LOOK);
+        rest(LOOK)?;
         println!("\nBoth run, each on its own {half} SMs, for one second:\n");
         self.table(&[("first", &first), ("second", &second)])?;
         println!();
         self.write(&format!("workloads/first/{}", File::Freeze.name()), "1")?;
         println!("\nThe first is frozen; one second later:\n");
         let before = self.table(&[("first", &first), ("second", &second)])?;
-        std::thread::sleep(LOOK);
+        rest(LOOK)?;
         println!();
         let after = self.table(&[("first", &first), ("second", &second)])?;
         if before[0] != after[0] {
@@ -245,6 +291,8 @@ impl Service {
 
     /// Ends the service and waits for it.
     fn stop(mut self) -> Result<()> {
+        // It ends with its input, also when the demo dies before it gets here.
+        drop(self.child.stdin.take());
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid
             && self.child.try_wait()?.is_none()

@@ -144,6 +144,16 @@ pub(crate) fn remove(state: &Path) -> io::Result<()> {
     }
 }
 
+/// Renames a journal that cannot be read, for people to look at.
+///
+/// # Errors
+/// Those of rename(2).
+pub(crate) fn set_aside(state: &Path) -> io::Result<PathBuf> {
+    let aside = state.join("journal.damaged");
+    fs::rename(state.join(FILE), &aside)?;
+    Ok(aside)
+}
+
 /// Takes the state directory for this process until the file is closed.
 ///
 /// # Errors
@@ -201,6 +211,16 @@ mod tests {
         remove(state.path()).expect("removable");
         assert_eq!(load(state.path()).expect("readable"), None);
         remove(state.path()).expect("removing nothing is no error");
+    }
+
+    #[test]
+    fn a_damaged_journal_is_an_error_until_it_is_set_aside() {
+        let state = tempfile::tempdir().expect("a temporary directory");
+        fs::write(state.path().join(FILE), "{").expect("writable");
+        assert!(load(state.path()).is_err());
+        let aside = set_aside(state.path()).expect("renamed");
+        assert_eq!(fs::read_to_string(aside).expect("kept"), "{");
+        assert_eq!(load(state.path()).expect("readable"), None);
     }
 
     #[test]

@@ -19,6 +19,14 @@ use crate::spawn::{self, Spawned};
 /// How long a worker may take to end when it was asked to.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 
+/// A worker that is prepared, without its process.
+struct Prepared {
+    link: Link,
+    readiness: Readiness,
+    channels: Option<(ChannelGroups, u64)>,
+    mps: Option<u64>,
+}
+
 /// What launches need of the service.
 pub(crate) struct Context {
     /// The host.
@@ -43,6 +51,8 @@ pub(crate) struct Ready {
     /// Its channel groups and their timeslice in microseconds, under temporal
     /// sharing and where the driver lets us see them.
     pub(crate) channels: Option<(ChannelGroups, u64)>,
+    /// Which start of the private MPS server it is a client of.
+    pub(crate) mps: Option<u64>,
 }
 
 /// Refusal of a user's change for a device's error.
@@ -51,7 +61,8 @@ pub(crate) fn refusal(error: DeviceError) -> Refusal {
         DeviceError::NoDriver(_) | DeviceError::NoGpu(_) => Refusal::Gone("the GPU".to_owned()),
         DeviceError::NoProcess(pid) => Refusal::Gone(format!("process {pid}")),
         DeviceError::Unsupported(why) => Refusal::Unsupported(why),
-        DeviceError::Denied(why) | DeviceError::Failed(why) => Refusal::Failed(why),
+        DeviceError::Denied(why) => Refusal::Denied(why),
+        DeviceError::Failed(why) => Refusal::Failed(why),
     }
 }
 
@@ -90,11 +101,12 @@ impl Context {
         };
         let spawned = started.lock().take();
         match (outcome, spawned) {
-            (Ok((link, readiness, channels)), Some(spawned)) => Ok(Ready {
+            (Ok(prepared), Some(spawned)) => Ok(Ready {
                 spawned,
-                link,
-                readiness,
-                channels,
+                link: prepared.link,
+                readiness: prepared.readiness,
+                channels: prepared.channels,
+                mps: prepared.mps,
             }),
             (outcome, spawned) => {
                 if let Some(spawned) = spawned {
@@ -113,16 +125,16 @@ impl Context {
         sharing: Sharing,
         setup: Setup,
         started: Arc<Mutex<Option<Spawned>>>,
-    ) -> Result<(Link, Readiness, Option<(ChannelGroups, u64)>), Refusal> {
-        let environment = match sharing {
+    ) -> Result<Prepared, Refusal> {
+        let client = match sharing {
             Sharing::Spatial => {
                 let (mps, gpu) = (self.mps.clone(), gpu.clone());
-                blocking(move || mps.environment(&gpu))
-                    .await?
-                    .map_err(refusal)?
+                let client = blocking(move || mps.client(&gpu)).await?;
+                Some(client.map_err(refusal)?)
             }
-            Sharing::Temporal => Vec::new(),
+            Sharing::Temporal => None,
         };
+        let mps = client.as_ref().map(|client| client.start);
         let mark = match sharing {
             Sharing::Spatial => None,
             Sharing::Temporal => {
@@ -130,7 +142,12 @@ impl Context {
                 blocking(move || host.mark()).await?.ok()
             }
         };
-        let mut link = self.spawn(environment, &started).await?;
+        let mut link = self
+            .spawn(
+                client.map(|client| client.environment).unwrap_or_default(),
+                &started,
+            )
+            .await?;
         let pid = started
             .lock()
             .as_ref()
@@ -146,7 +163,17 @@ impl Context {
             Some(mark) => self.channels(pid, gpu, mark).await,
             None => None,
         };
-        Ok((link, readiness, channels))
+        if mps.is_some() {
+            // Now that it has a client there is a server whose end can be seen.
+            let keeper = self.mps.clone();
+            blocking(move || keeper.look()).await?;
+        }
+        Ok(Prepared {
+            link,
+            readiness,
+            channels,
+            mps,
+        })
     }
 
     async fn spawn(
@@ -247,17 +274,17 @@ pub(crate) async fn see_off(spawned: Spawned, journal: Arc<Journal>) {
     if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
         spawn::kill(&pidfd);
     }
-    reap(&mut child, pid, &journal).await;
+    reap(&mut child, pid, journal).await;
 }
 
 /// Waits for the end of a worker's process, which takes as long as the kernel
 /// needs to free what it held on the GPU.
-async fn reap(child: &mut tokio::process::Child, pid: u32, journal: &Journal) {
+async fn reap(child: &mut tokio::process::Child, pid: u32, journal: Arc<Journal>) {
     match child.wait().await {
         Ok(status) => tracing::debug!(pid, %status, "a worker was reaped"),
         Err(error) => tracing::warn!(pid, %error, "a worker could not be reaped"),
     }
-    if let Err(error) = journal.drop_worker(pid) {
+    if let Ok(Err(error)) = blocking(move || journal.drop_worker(pid)).await {
         tracing::warn!(pid, %error, "the journal still lists a worker that has ended");
     }
 }
@@ -278,7 +305,7 @@ pub(crate) async fn watch(
     } = spawned;
     // The controller's half must be the last: its end is the worker's end.
     drop(socket);
-    reap(&mut child, pid, &journal).await;
+    reap(&mut child, pid, journal).await;
     // The controller may have ended already.
     let _ = events.send(crate::controller::Event::WorkerGone { node });
 }

@@ -32,6 +32,7 @@ pub(crate) fn refusal(error: EngineError) -> Refusal {
         EngineError::Unsupported(why) => Refusal::Unsupported(why),
         EngineError::NoMemory { .. } => Refusal::NoSpace(error.to_string()),
         EngineError::NoSlot(why) => Refusal::Busy(format!("no MPS client slot is free: {why}")),
+        EngineError::Ended => Refusal::Gone("the workload".to_owned()),
         EngineError::Failed(why) => Refusal::Failed(format!("the GPU failed: {why}")),
     }
 }

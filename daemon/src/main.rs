@@ -151,8 +151,8 @@ fn log_to_stderr() {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        None => serve::run(Config::load(&cli.flags)?),
-        Some(Command::Serve(flags)) => serve::run(Config::load(&flags)?),
+        None => serve::run(Config::load(&cli.flags)?, cli.flags.lives()),
+        Some(Command::Serve(flags)) => serve::run(Config::load(&flags)?, flags.lives()),
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Recover(args)) => serve::recover(&args.state),
         Some(Command::Worker) => worker_main::run(),

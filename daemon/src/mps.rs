@@ -16,12 +16,40 @@ pub(crate) struct MpsKeeper {
     host: Arc<dyn Host>,
     journal: Arc<Journal>,
     state: PathBuf,
-    servers: Mutex<BTreeMap<u32, Running>>,
+    servers: Mutex<Servers>,
+}
+
+#[derive(Default)]
+struct Servers {
+    running: BTreeMap<u32, Running>,
+    /// Starts so far, over all GPUs.
+    starts: u64,
+    /// Losses that nobody has taken notice of yet.
+    lost: Vec<Lost>,
 }
 
 struct Running {
     server: Box<dyn MpsServer>,
     directory: PathBuf,
+    start: u64,
+}
+
+/// A server that has ended by itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lost {
+    /// NVML index of its GPU.
+    pub(crate) gpu: u32,
+    /// Which start it was; its clients were told the same number.
+    pub(crate) start: u64,
+}
+
+/// What makes a worker a client.
+#[derive(Debug)]
+pub(crate) struct Client {
+    /// Variables of its environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// Which start of the server it is a client of.
+    pub(crate) start: u64,
 }
 
 impl MpsKeeper {
@@ -31,25 +59,24 @@ impl MpsKeeper {
             host,
             journal,
             state,
-            servers: Mutex::new(BTreeMap::new()),
+            servers: Mutex::default(),
         }
     }
 
-    /// Variables that make a worker a client on this GPU; starts the server
-    /// where none serves.
+    /// What makes a worker a client on this GPU; starts the server where none
+    /// serves.
     ///
     /// # Errors
     /// Those of starting it.
-    pub(crate) fn environment(&self, gpu: &GpuInfo) -> Result<Vec<(String, String)>, DeviceError> {
+    pub(crate) fn client(&self, gpu: &GpuInfo) -> Result<Client, DeviceError> {
         // Held while the server starts, so that two launches start one server.
         let mut servers = self.servers.lock();
-        if let Some(running) = servers.get_mut(&gpu.index) {
-            if running.server.is_alive() {
-                return Ok(running.server.environment());
-            }
-            if let Some(lost) = servers.remove(&gpu.index) {
-                self.end(lost);
-            }
+        self.end_lost(&mut servers);
+        if let Some(running) = servers.running.get(&gpu.index) {
+            return Ok(Client {
+                environment: running.server.environment(),
+                start: running.start,
+            });
         }
         let directory = self.state.join(format!("mps-{}", gpu.index));
         fresh_directory(&directory).map_err(|error| {
@@ -69,30 +96,51 @@ impl MpsKeeper {
             }
         }
         let environment = server.environment();
-        servers.insert(gpu.index, Running { server, directory });
+        servers.starts += 1;
+        let start = servers.starts;
+        let running = Running {
+            server,
+            directory,
+            start,
+        };
+        servers.running.insert(gpu.index, running);
         tracing::info!(gpu = gpu.index, "private MPS server started");
-        Ok(environment)
+        Ok(Client { environment, start })
     }
 
-    /// GPUs whose server has ended by itself since the last look; it is cleaned
-    /// up, and the next launch starts a new one.
-    pub(crate) fn take_lost(&self) -> Vec<u32> {
-        let mut servers = self.servers.lock();
-        let lost: Vec<u32> = servers
+    /// Cleans up after servers that have ended, and remembers them.
+    fn end_lost(&self, servers: &mut Servers) {
+        let ended: Vec<u32> = servers
+            .running
             .iter_mut()
             .filter_map(|(gpu, running)| (!running.server.is_alive()).then_some(*gpu))
             .collect();
-        for gpu in &lost {
-            if let Some(running) = servers.remove(gpu) {
+        for gpu in ended {
+            if let Some(running) = servers.running.remove(&gpu) {
+                let start = running.start;
+                servers.lost.push(Lost { gpu, start });
                 self.end(running);
             }
         }
-        lost
+    }
+
+    /// Looks which servers live. One that never was seen alive cannot be seen to
+    /// have ended.
+    pub(crate) fn look(&self) {
+        self.end_lost(&mut self.servers.lock());
+    }
+
+    /// Servers that have ended by themselves since the last look. They are
+    /// cleaned up, and the next launch starts a new one.
+    pub(crate) fn take_lost(&self) -> Vec<Lost> {
+        let mut servers = self.servers.lock();
+        self.end_lost(&mut servers);
+        std::mem::take(&mut servers.lost)
     }
 
     /// Ends every server. Their clients must have ended before.
     pub(crate) fn stop_all(&self) {
-        for (_, running) in std::mem::take(&mut *self.servers.lock()) {
+        for (_, running) in std::mem::take(&mut self.servers.lock().running) {
             self.end(running);
         }
     }

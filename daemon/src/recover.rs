@@ -19,8 +19,15 @@ const GRACE: Duration = Duration::from_millis(500);
 /// # Errors
 /// What could not be undone.
 pub(crate) fn undo(state: &Path) -> Result<()> {
-    let Some(records) = journal::load(state)? else {
-        return Ok(());
+    let records = match journal::load(state) {
+        Ok(Some(records)) => records,
+        Ok(None) => return Ok(()),
+        Err(error) => {
+            // What it listed is lost; barring every later start helps nobody.
+            let aside = journal::set_aside(state).context("cannot set a damaged journal aside")?;
+            tracing::error!(error = %format!("{error:#}"), aside = %aside.display(), "the journal is damaged and was set aside");
+            return Ok(());
+        }
     };
     end_workers(&records);
     end_mps(&records);

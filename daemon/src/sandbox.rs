@@ -13,7 +13,7 @@ use seccompiler::{
     SeccompRule,
 };
 
-/// System calls that start programs, look into or signal other processes, change
+/// System calls that start programs, look into other processes, change
 /// identity, mounts, namespaces or the kernel. Numbers by architecture from the
 /// kernel's own tables, through the libc crate's names in seccompiler's form.
 #[cfg(target_arch = "x86_64")]

@@ -34,7 +34,7 @@ const READER_STAYS: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// What keeps it from serving, or a mount that was lost.
-pub(crate) fn run(config: Config) -> Result<()> {
+pub(crate) fn run(config: Config, lives: Lives) -> Result<()> {
     abort_on_panic();
     let worker = identity::worker(&config)?;
     let gid = identity::file_group(&config)?;
@@ -54,7 +54,6 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let journal = Arc::new(
         Journal::begin(&config.state, &config.mountpoint).context("cannot begin a journal")?,
     );
-    let mut guardian = guardian::start(&config.state)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -63,19 +62,38 @@ pub(crate) fn run(config: Config) -> Result<()> {
         .build()
         .context("cannot start the runtime")?;
     let state = config.state.clone();
-    let end = runtime.block_on(serve(config, Owners { worker, gid }, journal))?;
+    let end = runtime.block_on(serve(config, Owners { worker, gid }, journal, lives))?;
     // Threads that hang in the driver do not keep the service from ending.
     runtime.shutdown_timeout(Duration::from_millis(500));
     // What a hanging driver has kept is ended now, as after a crash.
     recover::undo(&state)?;
     drop(lock);
-    // It waits for this very process; what is left for it is to find nothing.
-    if let Ok(Some(status)) = guardian.try_wait() {
-        tracing::warn!(%status, "the guardian had ended before the service");
-    }
     match end {
         End::Asked => Ok(()),
         End::MountLost => bail!("the mount was taken away"),
+    }
+}
+
+/// How long the service lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lives {
+    /// Until it is told to end.
+    ByItself,
+    /// No longer than whoever holds the other end of its standard input.
+    WithItsInput,
+}
+
+/// Waits until standard input has ended, for good where nobody holds it.
+async fn end_of_input(lives: Lives) {
+    match lives {
+        Lives::ByItself => std::future::pending().await,
+        Lives::WithItsInput => {
+            let ended =
+                blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink())).await;
+            if !matches!(ended, Ok(Ok(_))) {
+                tracing::warn!("standard input failed, which counts as its end");
+            }
+        }
     }
 }
 
@@ -95,9 +113,11 @@ struct Owners {
     gid: u32,
 }
 
-async fn serve(config: Config, who: Owners, journal: Arc<Journal>) -> Result<End> {
+async fn serve(config: Config, who: Owners, journal: Arc<Journal>, lives: Lives) -> Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let guardian = guardian::start(&config.state)?;
+    tokio::spawn(guardian::keep(guardian, config.state.clone()));
     let host = Arc::new(match config.sim {
         Some(gpus) => Awaited::simulated(&config.state, gpus)?,
         None => Awaited::nvidia(),
@@ -137,6 +157,7 @@ async fn serve(config: Config, who: Owners, journal: Arc<Journal>) -> Result<End
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            () = end_of_input(lives) => {}
         }
         // The controller may have ended already.
         let _ = sender.send(Event::Stop);

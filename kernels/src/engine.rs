@@ -136,6 +136,9 @@ pub enum EngineError {
     /// No further client fits into the MPS server.
     #[error("the MPS server takes no further client: {0}")]
     NoSlot(String),
+    /// The workload is over; nothing more can be asked of it.
+    #[error("the workload has ended")]
+    Ended,
     /// The context is broken; the worker must end.
     #[error("the GPU failed: {0}")]
     Failed(String),

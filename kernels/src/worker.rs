@@ -48,7 +48,7 @@ pub use serve::{WorkerError, run};
 pub const LAUNCH_US: f64 = 500.0;
 /// Distance of a sliced kernel's looks at the stop flag, microseconds. On an
 /// H200 looks every 20 us make a compute kernel 0.5 to 2.8% slower and a stop
-/// take 51 us (p50); every 10 us 1.7 to 5.9% and 37 us
+/// take 52 us (p50); every 10 us 1.7 to 5.9% and 37 us
 /// (docs/measurements/engine.md).
 pub const POLL_US: f64 = 20.0;
 /// Units between two looks are a multiple of this where there are more: the
@@ -154,7 +154,7 @@ impl<E: Engine> Worker<E> {
     /// Takes a command: carries it out now, or after those before it.
     pub fn on_command(&mut self, request: Request) {
         if self.over || self.closing {
-            return self.reply(request.id, Err(unsupported(ENDED)));
+            return self.reply(request.id, Err(EngineError::Ended));
         }
         if self.waiting.len() >= WAITING_MAX {
             let reason = "too many commands wait behind one that does not end";
@@ -500,12 +500,11 @@ impl<E: Engine> Worker<E> {
     fn end(&mut self) {
         self.over = true;
         while let Some(request) = self.waiting.pop_front() {
-            self.reply(request.id, Err(unsupported(ENDED)));
+            self.reply(request.id, Err(EngineError::Ended));
         }
     }
 }
 
-const ENDED: &str = "the workload has ended";
 const NOTHING_PREPARED: &str = "no workload is prepared";
 
 fn unsupported(reason: &str) -> EngineError {

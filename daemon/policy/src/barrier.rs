@@ -29,12 +29,6 @@ impl Barriers {
         }
         self.waiting.retain(|_, waiting| !waiting.is_empty());
     }
-
-    /// Whether this workload waits.
-    #[must_use]
-    pub fn holds(&self, pid: u32) -> bool {
-        self.waiting.values().any(|waiting| waiting.contains(&pid))
-    }
 }
 
 #[cfg(test)]
@@ -47,10 +41,7 @@ mod tests {
         assert!(barriers.arrive("x", 3, 1).is_empty());
         assert!(barriers.arrive("y", 2, 7).is_empty());
         assert!(barriers.arrive("x", 3, 2).is_empty());
-        assert!(barriers.holds(1));
         assert_eq!(barriers.arrive("x", 3, 3), [1, 2, 3]);
-        assert!(!barriers.holds(1));
-        assert!(barriers.holds(7));
     }
 
     #[test]

@@ -31,6 +31,14 @@ pub enum Event {
         /// When its caller must have an answer.
         deadline: Nanos,
     },
+    /// A job that puts the running one back: it comes before all that wait, and
+    /// is taken even while the running one is overdue.
+    SubmitNext {
+        /// The job.
+        job: JobId,
+        /// When it must have been done.
+        deadline: Nanos,
+    },
     /// The running job came to its end, well or not.
     Finished {
         /// The job.
@@ -88,6 +96,10 @@ impl Lane {
         self.expire(now, &mut actions);
         match event {
             Event::Submit { job, deadline } => self.submit(job, deadline, now, &mut actions),
+            Event::SubmitNext { job, deadline } => {
+                self.waiting.push_front((job, deadline));
+                self.begin_next(&mut actions);
+            }
             Event::Finished { job } => {
                 if self.running.is_some_and(|running| running.job == job) {
                     self.running = None;
@@ -159,20 +171,6 @@ impl Lane {
         self.running
             .is_some_and(|running| running.overdue_since.is_some())
     }
-
-    /// Every job that has no answer yet, for the end of the process.
-    #[must_use]
-    pub fn unanswered(&self) -> Vec<JobId> {
-        let running = self
-            .running
-            .filter(|r| r.overdue_since.is_none())
-            .map(|r| r.job);
-        self.waiting
-            .iter()
-            .map(|&(job, _)| job)
-            .chain(running)
-            .collect()
-    }
 }
 
 #[cfg(test)]
@@ -220,6 +218,27 @@ mod tests {
         assert_eq!(lane.step(Event::Finished { job: 1 }, 70).0, []);
         assert!(!lane.is_pending());
         assert_eq!(lane.step(submit(4, 90), 71).0, [Action::Begin(4)]);
+    }
+
+    #[test]
+    fn what_puts_a_job_back_runs_right_after_it() {
+        let mut lane = Lane::new(60);
+        lane.step(submit(1, 5), 0);
+        lane.step(submit(2, 20), 1);
+        assert_eq!(lane.step(Event::Tick, 5).0, [Action::Overdue(1)]);
+        let put_back = Event::SubmitNext {
+            job: 3,
+            deadline: 30,
+        };
+        assert_eq!(lane.step(put_back, 6).0, []);
+        assert_eq!(
+            lane.step(Event::Finished { job: 1 }, 7).0,
+            [Action::Begin(3)]
+        );
+        assert_eq!(
+            lane.step(Event::Finished { job: 3 }, 8).0,
+            [Action::Begin(2)]
+        );
     }
 
     #[test]

@@ -173,11 +173,6 @@ impl SmTable {
         self.partitions.insert(name.clone(), groups);
         Ok(())
     }
-
-    /// Partitions by name.
-    pub fn names(&self) -> impl Iterator<Item = &PartitionName> {
-        self.partitions.keys()
-    }
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ impl Controller {
                 );
                 self.kill(node, reply);
             }
-            Ok(Ask::AlreadySo) => self.answer(reply, Ok(Done::Quiet)),
+            Ok(Ask::Job(_)) if self.is_so(node, &setting) => self.answer(reply, Ok(Done::Quiet)),
             Ok(Ask::Job(order)) => {
                 self.open_ticket(
                     Some(caller),
@@ -57,6 +57,15 @@ impl Controller {
         }
     }
 
+    /// Whether a freeze or thaw asks for what is in force, with nothing under
+    /// way that could change it.
+    fn is_so(&self, node: NodeId, setting: &Setting) -> bool {
+        self.procs.get(&node).is_some_and(|proc| {
+            proc.jobs.is_empty()
+                && matches!(setting, Setting::Freeze(state) if *state == proc.settings.freeze)
+        })
+    }
+
     /// What a setting takes, or why it cannot be.
     fn order(&self, node: NodeId, setting: &Setting) -> Result<Ask, Refusal> {
         let proc = self
@@ -66,6 +75,7 @@ impl Controller {
         let gpu = self
             .gpus
             .get(&proc.gpu)
+            .filter(|gpu| !gpu.lost)
             .ok_or_else(|| Refusal::Gone(format!("GPU {}", proc.gpu)))?;
         let file = match setting {
             Setting::Priority(_) => File::Priority,
@@ -80,9 +90,6 @@ impl Controller {
         let now = &proc.settings;
         let (op, undo) = match setting {
             Setting::Kill => return Ok(Ask::Kill),
-            Setting::Freeze(state) if *state == now.freeze && proc.jobs.is_empty() => {
-                return Ok(Ask::AlreadySo);
-            }
             Setting::Freeze(state) => (Op::Freeze(*state), Op::Freeze(now.freeze)),
             Setting::Priority(priority) => (Op::Priority(*priority), Op::Priority(now.priority)),
             Setting::Max(quota) => (Op::Quota(*quota), Op::Quota(now.max)),
@@ -112,7 +119,7 @@ impl Controller {
                     return;
                 }
                 Ok(Ask::Job(order)) => orders.push(order),
-                Ok(Ask::AlreadySo | Ask::Kill) => {}
+                Ok(Ask::Kill) => {}
             }
             nodes.push(node);
         }
@@ -242,7 +249,8 @@ impl Controller {
         let gpu = self
             .gpus
             .get_mut(&gpu_index)
-            .ok_or_else(|| Refusal::NotFound(format!("GPU {gpu_index}")))?;
+            .filter(|gpu| !gpu.lost)
+            .ok_or_else(|| Refusal::Gone(format!("GPU {gpu_index}")))?;
         gpu.table
             .add(name.clone())
             .map_err(|error| sm_refusal(&error, name))?;
@@ -305,6 +313,14 @@ impl Controller {
         let missing = || Refusal::NotFound(format!("partition {name}"));
         let gpu = self.gpus.get(&gpu).ok_or_else(missing)?;
         let groups = gpu.table.groups(name).ok_or_else(missing)?;
+        // What a resize has reserved is more than the partition will have.
+        if gpu
+            .partitions
+            .get(name)
+            .is_some_and(|partition| partition.resizing)
+        {
+            return Err(Refusal::Busy(format!("partition {name} is being resized")));
+        }
         if groups.is_empty() {
             return Err(Refusal::Invalid(format!(
                 "partition {name} has no SMs: write its sm.count first"
@@ -380,7 +396,6 @@ impl Controller {
             uid,
         });
         self.publish(node);
-        self.reconcile(node);
     }
 }
 
@@ -418,8 +433,6 @@ impl LogLine {
 
 /// What a setting takes.
 enum Ask {
-    /// It is in force already.
-    AlreadySo,
     /// The process shall end.
     Kill,
     /// A job of its lane.

@@ -15,6 +15,7 @@ use gcgroup_policy::partition::SmTable;
 use super::{Controller, Event};
 use crate::config::SharingChoice;
 use crate::launch::{self, Context};
+use crate::mps::Lost;
 use crate::prove;
 
 /// How long a GPU may take to answer a probe.
@@ -33,11 +34,17 @@ pub(super) struct GpuState {
     pub(super) enforcers: Arc<Enforcers>,
     /// Clients that its private MPS server takes.
     pub(super) slots: Option<u32>,
+    /// SMs of the GPU, those that no partition can have included.
+    pub(super) sm_count: u32,
     pub(super) table: SmTable,
     pub(super) partitions: BTreeMap<PartitionName, PartitionState>,
     sample: GpuSample,
     events: DeviceEvents,
-    lost: bool,
+    pub(super) lost: bool,
+    /// Trials of channel control that have failed.
+    failed_proofs: u32,
+    /// What the last failed reading said, so that it is told once.
+    last_error: Option<String>,
 }
 
 /// What a probe found out.
@@ -74,7 +81,9 @@ impl Controller {
     pub(super) fn found(&mut self, gpus: Vec<GpuInfo>) {
         for gpu in gpus {
             if let Some(reason) = &gpu.refused {
-                tracing::warn!(gpu = gpu.index, %reason, "this GPU is not managed");
+                if self.probing.insert(gpu.index) {
+                    tracing::warn!(gpu = gpu.index, %reason, "this GPU is not managed");
+                }
             } else if !self.gpus.contains_key(&gpu.index) && self.probing.insert(gpu.index) {
                 self.probe(gpu, Duration::ZERO);
             }
@@ -116,11 +125,14 @@ impl Controller {
             enforcers: Arc::new(enforcers(Origin::Launched, &can)),
             can,
             slots: slots.ok(),
+            sm_count: facts.sm_count,
             table: SmTable::new(facts.groups),
             partitions: BTreeMap::new(),
             sample: GpuSample::default(),
             events: DeviceEvents::default(),
             lost: false,
+            failed_proofs: 0,
+            last_error: None,
             info,
         };
         self.gpus.insert(index, state);
@@ -183,15 +195,25 @@ impl Controller {
     }
 
     pub(super) fn proved(&mut self, index: u32, result: Result<(), String>) {
-        if let Err(reason) = &result {
-            tracing::warn!(gpu = index, %reason, "channel control does not work here");
-            self.prove(index, AGAIN);
-        } else {
-            tracing::info!(gpu = index, "channel control has proved itself");
-        }
-        if let Some(gpu) = self.gpus.get_mut(&index) {
-            gpu.can.channels = result;
-            gpu.enforcers = Arc::new(enforcers(Origin::Launched, &gpu.can));
+        let Some(gpu) = self.gpus.get_mut(&index) else {
+            return;
+        };
+        let again = match &result {
+            Ok(()) => {
+                tracing::info!(gpu = index, "channel control has proved itself");
+                None
+            }
+            Err(reason) => {
+                tracing::warn!(gpu = index, %reason, "channel control does not work here");
+                // Each trial fills the GPU for a moment, so they become rare.
+                gpu.failed_proofs += 1;
+                Some(AGAIN * 2_u32.saturating_pow(gpu.failed_proofs).min(360))
+            }
+        };
+        gpu.can.channels = result;
+        gpu.enforcers = Arc::new(enforcers(Origin::Launched, &gpu.can));
+        if let Some(after) = again {
+            self.prove(index, after);
         }
         self.publish_gpu(index);
         let nodes: Vec<_> = self
@@ -225,7 +247,13 @@ impl Controller {
                 }
                 gpu.lost = true;
             }
-            Err(error) => tracing::warn!(gpu = index, %error, "a GPU could not be read"),
+            Err(error) => {
+                let error = error.to_string();
+                if gpu.last_error.as_ref() != Some(&error) {
+                    tracing::warn!(gpu = index, error, "a GPU could not be read");
+                    gpu.last_error = Some(error);
+                }
+            }
         }
         self.publish_gpu(index);
     }
@@ -243,16 +271,23 @@ impl Controller {
         });
     }
 
-    pub(super) fn mps_lost(&mut self, gpus: &[u32]) {
-        for index in gpus {
-            tracing::error!(
-                gpu = index,
-                "the private MPS server was lost with its workloads"
-            );
-            if let Some(gpu) = self.gpus.get_mut(index) {
-                gpu.events.mps_lost += 1;
+    /// A lost server takes its clients along; one that hangs is killed.
+    pub(super) fn mps_lost(&mut self, lost: &[Lost]) {
+        for Lost { gpu, start } in lost {
+            tracing::error!(gpu, "the private MPS server was lost with its workloads");
+            if let Some(state) = self.gpus.get_mut(gpu) {
+                state.events.mps_lost += 1;
             }
-            self.publish_gpu(*index);
+            let clients: Vec<_> = self
+                .procs
+                .values()
+                .filter(|proc| proc.gpu == *gpu && proc.mps == Some(*start))
+                .map(|proc| proc.entry)
+                .collect();
+            for node in clients {
+                self.end_soon(node);
+            }
+            self.publish_gpu(*gpu);
         }
     }
 
@@ -280,16 +315,14 @@ impl Controller {
                 .map(|proc| proc.pid)
                 .collect();
             members.sort_unstable();
-            let sm_count = gpu.table.sms(&groups);
             // What a resize under way has reserved is not granted yet.
-            if state.resizing
-                && self
-                    .snapshot
-                    .partitions
-                    .contains_key(&(index, name.clone()))
-            {
-                continue;
-            }
+            let key = (index, name.clone());
+            let granted = self.snapshot.partitions.get(&key);
+            let groups = match granted {
+                Some(granted) if state.resizing => granted.groups.clone(),
+                _ => groups,
+            };
+            let sm_count = gpu.table.sms(&groups);
             let partition = Partition {
                 node: state.node,
                 gpu: index,
@@ -308,7 +341,7 @@ impl Controller {
             index,
             uuid: gpu.info.uuid.clone(),
             name: gpu.info.name.clone(),
-            sm_capacity: gpu.table.capacity(),
+            sm_capacity: gpu.sm_count,
             sm_granularity: gpu.table.granularity(),
             memory_capacity: gpu.info.memory_bytes,
             memory_current: gpu.sample.memory_used,

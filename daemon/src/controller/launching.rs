@@ -88,11 +88,14 @@ impl Controller {
             let missing = format!("GPU {}; there are: {known}", spec.gpu);
             return Err(Refusal::NotFound(missing).of_field("gpu"));
         };
+        if gpu.lost {
+            return Err(Refusal::Gone(format!("GPU {}", spec.gpu)));
+        }
         if spec.memory_limit.is_some() {
             let reason = "this version enforces no memory limits";
             return Err(Refusal::Unsupported(reason.to_owned()).of_field("memory_limit"));
         }
-        let plan = catalogue::plan(spec, gpu.table.capacity())?;
+        let plan = catalogue::plan(spec, gpu.sm_count)?;
         let needs = |file: File, field| match enforcer(Origin::Launched, file, &gpu.can) {
             Enforcer::None(reason) => Err(Refusal::Unsupported(reason).of_field(field)),
             _ => Ok(()),
@@ -206,7 +209,7 @@ impl Controller {
         spec.iterations = Some(ready.readiness.iterations);
         spec.name = Some(name.clone());
         match self.adopt(&spec, name, placed, ready) {
-            Ok(node) => self.start(node, &spec, caller, reply),
+            Ok(node) => self.prepare(node, spec, caller, reply),
             Err(refusal) => self.answer(reply, Err(refusal)),
         }
     }
@@ -224,6 +227,7 @@ impl Controller {
             link,
             readiness,
             channels,
+            mps,
         } = ready;
         let pid = spawned.pid;
         let pidfd = spawned.pidfd.try_clone().map_err(|error| {
@@ -252,13 +256,14 @@ impl Controller {
                 name,
                 spec: spec.to_json(),
             }),
-            settings: first_settings(spec, channels.is_some()),
+            settings: first_settings(spec, self.sharing(spec.gpu)),
             counters,
             readiness,
             samples: Arc::default(),
             sender,
             pidfd,
             channels,
+            mps,
             placed,
             lane: Lane::new(stuck_after),
             next_deadline: None,
@@ -285,51 +290,58 @@ impl Controller {
         self.reconcile(entry);
     }
 
-    /// Sets what is not set yet and starts it, at its barrier where it has one.
-    fn start(&mut self, node: NodeId, spec: &WorkloadSpec, caller: Caller, reply: Reply) {
-        let Some(proc) = self.procs.get(&node) else {
-            self.answer(reply, Err(Refusal::Gone("the workload".to_owned())));
+    /// Sets the priority where it is not the driver's, then starts.
+    fn prepare(&mut self, node: NodeId, spec: WorkloadSpec, caller: Caller, reply: Reply) {
+        let set = self.procs.get(&node).map(|proc| proc.settings.priority);
+        if set == Some(spec.priority) {
+            self.start(node, &spec, Some(caller), Some(reply));
             return;
-        };
-        let pid = proc.pid;
-        if proc.settings.priority != spec.priority {
-            let setting = gcgroup_model::change::Setting::Priority(spec.priority);
-            let order = Order {
-                node,
-                op: Op::Priority(spec.priority),
-                undo: None,
-            };
-            self.open_ticket(Some(caller), None, Commit::Set(node, setting), vec![order]);
         }
+        let priority = spec.priority;
+        let order = Order {
+            node,
+            op: Op::Priority(priority),
+            undo: None,
+        };
+        let commit = Commit::Prioritised(node, priority, Box::new(spec));
+        self.open_ticket(Some(caller), Some(reply), commit, vec![order]);
+    }
+
+    /// Starts a workload, at its barrier where it has one.
+    pub(super) fn start(
+        &mut self,
+        node: NodeId,
+        spec: &WorkloadSpec,
+        caller: Option<Caller>,
+        reply: Option<Reply>,
+    ) {
         let Some(Barrier { name, count }) = &spec.barrier else {
-            let order = Order {
-                node,
-                op: Op::Start,
-                undo: None,
-            };
-            self.open_ticket(
-                Some(caller),
-                Some(reply),
-                Commit::Started(node),
-                vec![order],
-            );
+            self.start_now(node, caller, reply);
             return;
         };
         // It has its entry and waits; who launches the others could not read an
         // answer that came only with the last of them.
         let answer = self.launch_answer(node);
-        self.answer(reply, answer);
-        for pid in self.barriers.arrive(name, *count, pid) {
-            let Some(node) = self.by_pid(pid).map(|proc| proc.entry) else {
-                continue;
-            };
-            let order = Order {
-                node,
-                op: Op::Start,
-                undo: None,
-            };
-            self.open_ticket(None, None, Commit::Started(node), vec![order]);
+        if let Some(reply) = reply {
+            self.answer(reply, answer);
         }
+        let Some(pid) = self.procs.get(&node).map(|proc| proc.pid) else {
+            return;
+        };
+        for pid in self.barriers.arrive(name, *count, pid) {
+            if let Some(node) = self.by_pid(pid).map(|proc| proc.entry) {
+                self.start_now(node, None, None);
+            }
+        }
+    }
+
+    fn start_now(&mut self, node: NodeId, caller: Option<Caller>, reply: Option<Reply>) {
+        let order = Order {
+            node,
+            op: Op::Start,
+            undo: None,
+        };
+        self.open_ticket(caller, reply, Commit::Started(node), vec![order]);
     }
 
     pub(super) fn launch_answer(&self, node: NodeId) -> Result<Done, Refusal> {
@@ -343,16 +355,14 @@ impl Controller {
     }
 }
 
-/// The settings that a workload begins with. Where its timeslice is known it is
-/// the driver's, until a job of its own has set the one asked for.
-fn first_settings(spec: &WorkloadSpec, has_timeslice: bool) -> Settings {
-    let priority = if has_timeslice {
-        Priority::default()
-    } else {
-        spec.priority
-    };
+/// The settings that a workload begins with. Under temporal sharing its
+/// timeslice is the driver's, until a job of its own has set the one asked for.
+fn first_settings(spec: &WorkloadSpec, sharing: Sharing) -> Settings {
     Settings {
-        priority,
+        priority: match sharing {
+            Sharing::Spatial => spec.priority,
+            Sharing::Temporal => Priority::default(),
+        },
         freeze: Switch::Off,
         max: spec.compute_max,
         partition: spec.partition.clone(),

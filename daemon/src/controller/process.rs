@@ -42,6 +42,8 @@ pub(super) struct Proc {
     pub(super) pidfd: OwnedFd,
     /// Its channel groups and their timeslice in microseconds, where known.
     pub(super) channels: Option<(ChannelGroups, u64)>,
+    /// Which start of the private MPS server it is a client of.
+    pub(super) mps: Option<u64>,
     /// The SM groups it was last placed on, `None` for the whole device.
     pub(super) placed: Option<Vec<u32>>,
     pub(super) lane: Lane,
@@ -240,9 +242,14 @@ impl Controller {
         }
         let gone = Refusal::Gone(format!("process {}", proc.pid));
         for (_, job) in std::mem::take(&mut proc.jobs) {
-            self.member_done(job, Err(gone.clone()));
+            if !job.ended {
+                self.member_done(job, Err(gone.clone()));
+            }
         }
         self.publish_gpu(proc.gpu);
+        if proc.mps.is_some() {
+            self.look_after_mps();
+        }
         // Its socket may have closed while it hangs in the driver.
         tokio::spawn(async move {
             tokio::time::sleep(launch::GRACE).await;
@@ -269,6 +276,16 @@ impl Controller {
             replies: vec![reply],
             deadline: Some(deadline),
         });
+        self.kill_later(node);
+    }
+
+    /// Asks a worker to end, and kills it if it does not.
+    pub(super) fn end_soon(&mut self, node: NodeId) {
+        self.tell(node, gcgroup_kernels::protocol::Command::End);
+        self.kill_later(node);
+    }
+
+    fn kill_later(&self, node: NodeId) {
         let events = self.events.clone();
         tokio::spawn(async move {
             tokio::time::sleep(launch::GRACE).await;

@@ -9,6 +9,7 @@ use gcgroup_fs::Reply;
 use gcgroup_kernels::protocol::{Answer, Command, QuotaSetting};
 use gcgroup_model::change::{Begun, Caller, Done, Refusal, Setting};
 use gcgroup_model::snapshot::NodeId;
+use gcgroup_model::spec::WorkloadSpec;
 use gcgroup_model::value::{PartitionName, PartitionRef, Priority, Quota, Switch};
 use gcgroup_policy::enforcer::Sharing;
 use gcgroup_policy::lane::{self, Action};
@@ -44,6 +45,9 @@ pub(super) struct Job {
     undo: Option<Op>,
     /// The groups it was placed on, once begun.
     groups: Option<Option<Vec<u32>>>,
+    /// Whether its outcome is known. The job stays with its process until the whole
+    /// ticket has ended, so that nothing comes between it and being put back.
+    pub(super) ended: bool,
 }
 
 /// What a ticket does when all of its jobs have succeeded.
@@ -58,6 +62,8 @@ pub(super) enum Commit {
         after: Vec<u32>,
     },
     Started(NodeId),
+    /// The priority of a workload that is to start next.
+    Prioritised(NodeId, Priority, Box<WorkloadSpec>),
     /// Others were put back; this is the answer all the same, and these are the
     /// groups of the partition whose resize failed.
     RolledBack(Refusal, Option<(u32, PartitionName, Vec<u32>)>),
@@ -71,6 +77,7 @@ pub(super) struct Ticket {
     pub(super) reply: Option<Reply>,
     pub(super) caller: Option<Caller>,
     waiting: usize,
+    members: Vec<(NodeId, JobId)>,
     succeeded: Vec<(NodeId, Option<Op>)>,
     failure: Option<Refusal>,
     deadline: u64,
@@ -92,6 +99,8 @@ impl Controller {
         commit: Commit,
         orders: Vec<Order>,
     ) {
+        // What puts others back comes before everything that waits for them.
+        let first = matches!(commit, Commit::RolledBack(..));
         let id = self.fresh_id();
         let deadline =
             now_ns() + u64::try_from(self.config.settings_deadline.as_nanos()).unwrap_or(u64::MAX);
@@ -102,6 +111,7 @@ impl Controller {
             // One more than there are jobs, so that none of them can be the
             // last before all are handed in.
             waiting: orders.len() + 1,
+            members: Vec::new(),
             succeeded: Vec::new(),
             failure: None,
             deadline,
@@ -115,11 +125,22 @@ impl Controller {
                 op,
                 undo,
                 groups: None,
+                ended: false,
             };
             match self.procs.get_mut(&node) {
                 Some(proc) => {
                     proc.jobs.insert(job, record);
-                    self.step_lane(node, lane::Event::Submit { job, deadline });
+                    if let Some(ticket) = self.tickets.get_mut(&id) {
+                        ticket.members.push((node, job));
+                    }
+                    self.step_lane(
+                        node,
+                        if first {
+                            lane::Event::SubmitNext { job, deadline }
+                        } else {
+                            lane::Event::Submit { job, deadline }
+                        },
+                    );
                 }
                 None => self.member_done(record, Err(Refusal::Gone("the process".to_owned()))),
             }
@@ -249,7 +270,12 @@ impl Controller {
         }
         proc.sender
             .send(id, command)
-            .map_err(|error| Refusal::Failed(format!("the worker was not reached: {error}")))
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::WouldBlock => {
+                    Refusal::Failed(format!("the worker was not reached: {error}"))
+                }
+                _ => Refusal::Gone(format!("process {}", proc.pid)),
+            })
     }
 
     /// Sets a timeslice in a task: the driver's call may wait for a lock.
@@ -317,27 +343,35 @@ impl Controller {
         let Some(proc) = self.procs.get_mut(&node) else {
             return;
         };
-        if let (Some(job), Ok(_)) = (proc.jobs.get(&id), &result)
-            && let Some(groups) = &job.groups
-        {
+        let Some(job) = proc.jobs.get(&id) else {
+            return;
+        };
+        if let (Some(groups), Ok(_)) = (&job.groups, &result) {
             proc.placed = groups.clone();
         }
-        if proc.jobs.contains_key(&id) {
-            self.stay_awake();
-            // Before the lane begins the next job, so that it finds this one's
-            // setting in force.
-            self.end_job(node, id, result.map(|_| ()));
-            self.step_lane(node, lane::Event::Finished { job: id });
-        }
+        self.stay_awake();
+        self.end_job(node, id, result.map(|_| ()));
     }
 
     fn end_job(&mut self, node: NodeId, id: JobId, result: Result<(), Refusal>) {
-        let job = self
-            .procs
-            .get_mut(&node)
-            .and_then(|proc| proc.jobs.remove(&id));
-        if let Some(job) = job {
+        let proc = self.procs.get_mut(&node);
+        let Some(job) = proc.and_then(|proc| proc.jobs.get_mut(&id)) else {
+            return;
+        };
+        if !std::mem::replace(&mut job.ended, true) {
+            let job = job.clone();
             self.member_done(job, result);
+        }
+    }
+
+    /// A ticket has ended: its processes take the next job.
+    fn release(&mut self, members: Vec<(NodeId, JobId)>) {
+        for (node, job) in members {
+            if let Some(proc) = self.procs.get_mut(&node) {
+                proc.jobs.remove(&job);
+                self.step_lane(node, lane::Event::Finished { job });
+                self.reconcile(node);
+            }
         }
     }
 
@@ -348,8 +382,12 @@ impl Controller {
         };
         match result {
             Ok(()) => ticket.succeeded.push((job.node, job.undo)),
-            // A member that has ended needs no SMs: the others' resize stands.
-            Err(Refusal::Gone(_)) if matches!(ticket.commit, Commit::Resize { .. }) => {}
+            // A member that has ended needs no SMs, and nothing put back.
+            Err(Refusal::Gone(_))
+                if matches!(
+                    ticket.commit,
+                    Commit::Resize { .. } | Commit::RolledBack(..)
+                ) => {}
             Err(refusal) => {
                 ticket.failure.get_or_insert(refusal);
             }
@@ -365,13 +403,15 @@ impl Controller {
         if ticket.waiting > 0 {
             return;
         }
-        let Some(ticket) = self.tickets.remove(&id) else {
+        let Some(mut ticket) = self.tickets.remove(&id) else {
             return;
         };
+        let members = std::mem::take(&mut ticket.members);
         match ticket.failure.clone() {
             None => self.commit(ticket),
             Some(refusal) => self.roll_back(ticket, refusal),
         }
+        self.release(members);
     }
 
     fn roll_back(&mut self, ticket: Ticket, refusal: Refusal) {
@@ -411,16 +451,21 @@ impl Controller {
             }
             Commit::RolledBack(first, resize) => {
                 tracing::error!(%refusal, "a change that failed could not be put back everywhere");
-                if let Some((gpu, name, groups)) = resize {
-                    self.settle_resize(gpu, &name, groups);
+                // Somebody may be on either set of groups, so both stay taken.
+                if let Some((gpu, name, before)) = resize {
+                    let table = self.gpus.get(&gpu).map(|gpu| &gpu.table);
+                    let taken = table
+                        .and_then(|table| table.groups(&name))
+                        .map(<[u32]>::to_vec);
+                    self.settle_resize(gpu, &name, taken.unwrap_or(before));
                 }
                 if let Some(reply) = reply {
                     self.answer(reply, Err(first));
                 }
             }
-            Commit::Started(node) => {
+            Commit::Started(node) | Commit::Prioritised(node, ..) => {
                 // What did not start is no workload; its entry goes with it.
-                self.tell(node, Command::End);
+                self.end_soon(node);
                 if let Some(reply) = reply {
                     self.answer(reply, Err(refusal));
                 }
@@ -452,6 +497,11 @@ impl Controller {
                 Ok(Done::Quiet)
             }
             Commit::Started(node) => self.launch_answer(node),
+            Commit::Prioritised(node, priority, spec) => {
+                self.set(node, Setting::Priority(priority), ticket.caller);
+                self.start(node, &spec, ticket.caller, ticket.reply);
+                return;
+            }
             Commit::RolledBack(refusal, resize) => {
                 if let Some((gpu, name, groups)) = resize {
                     self.settle_resize(gpu, &name, groups);
