@@ -85,8 +85,13 @@ pub(crate) enum Event {
         /// What.
         message: Box<Message>,
     },
-    /// A worker's socket closed or its process ended.
+    /// A worker's socket closed: it ends or has ended.
     WorkerGone {
+        /// Its entry.
+        node: NodeId,
+    },
+    /// A worker's process is no more, and what it held is free.
+    WorkerReaped {
         /// Its entry.
         node: NodeId,
     },
@@ -190,6 +195,8 @@ pub(crate) struct Controller {
     awake_until: Option<u64>,
     gpus: BTreeMap<u32, GpuState>,
     procs: BTreeMap<NodeId, Proc>,
+    /// Kills of processes that have no entry any more and are not reaped yet.
+    dying: BTreeMap<NodeId, process::Kill>,
     /// GPUs that are being probed.
     probing: BTreeSet<u32>,
     launches: BTreeMap<u64, launching::Launch>,
@@ -252,6 +259,7 @@ impl Controller {
             awake_until: None,
             gpus: BTreeMap::new(),
             procs: BTreeMap::new(),
+            dying: BTreeMap::new(),
             probing: BTreeSet::new(),
             launches: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -319,6 +327,7 @@ impl Controller {
             Event::Launched { launch, result } => self.launched(launch, result),
             Event::Worker { node, message } => self.worker_said(node, *message),
             Event::WorkerGone { node } => self.worker_gone(node),
+            Event::WorkerReaped { node } => self.worker_reaped(node),
             Event::Timeslice { node, job, result } => self.timeslice_set(node, job, result),
             Event::KillNow { node } => self.kill_now(node),
             Event::MpsLost(gpus) => self.mps_lost(&gpus),

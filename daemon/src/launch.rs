@@ -307,5 +307,5 @@ pub(crate) async fn watch(
     drop(socket);
     reap(&mut child, pid, journal).await;
     // The controller may have ended already.
-    let _ = events.send(crate::controller::Event::WorkerGone { node });
+    let _ = events.send(crate::controller::Event::WorkerReaped { node });
 }

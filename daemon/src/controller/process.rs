@@ -61,7 +61,7 @@ pub(super) struct Proc {
 pub(super) struct Kill {
     replies: Vec<Reply>,
     /// When the callers must have an answer.
-    deadline: Option<u64>,
+    pub(super) deadline: Option<u64>,
 }
 
 impl Proc {
@@ -235,10 +235,9 @@ impl Controller {
         }
         self.dirty = true;
         self.barriers.leave(proc.pid);
+        // Who asked for its end is told when it is really over.
         if let Some(kill) = proc.kill.take() {
-            for reply in kill.replies {
-                self.answer(reply, Ok(Done::Quiet));
-            }
+            self.dying.insert(node, kill);
         }
         let gone = Refusal::Gone(format!("process {}", proc.pid));
         for (_, job) in std::mem::take(&mut proc.jobs) {
@@ -255,6 +254,16 @@ impl Controller {
             tokio::time::sleep(launch::GRACE).await;
             spawn::kill(&proc.pidfd);
         });
+    }
+
+    /// A worker's process is no more.
+    pub(super) fn worker_reaped(&mut self, node: NodeId) {
+        self.worker_gone(node);
+        if let Some(kill) = self.dying.remove(&node) {
+            for reply in kill.replies {
+                self.answer(reply, Ok(Done::Quiet));
+            }
+        }
     }
 
     /// gcgroup.kill: asks the worker to end, passing by its lane.
@@ -309,10 +318,12 @@ impl Controller {
         let limit = launch::GRACE + self.config.settings_deadline;
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let mut late = Vec::new();
-        for proc in self.procs.values_mut() {
-            if let Some(kill) = &mut proc.kill
-                && kill.deadline.is_some_and(|deadline| deadline <= now)
-            {
+        let living = self
+            .procs
+            .values_mut()
+            .filter_map(|proc| proc.kill.as_mut());
+        for kill in living.chain(self.dying.values_mut()) {
+            if kill.deadline.is_some_and(|deadline| deadline <= now) {
                 kill.deadline = None;
                 late.append(&mut kill.replies);
             }

@@ -26,6 +26,10 @@ pub(super) const UNREAD_REPORT_MS: u64 = 900;
 /// some 60 us.
 const AWAKE_NS: u64 = 400_000;
 
+/// How long workers that were killed may take to be gone, nanoseconds. What
+/// hangs in the driver for longer is left to recovery.
+const KILLED_NS: u64 = 1_000_000_000;
+
 /// Sleeps until a point of the monotonic clock, for good where there is none.
 pub(super) async fn until(deadline_ns: Option<u64>) {
     match deadline_ns {
@@ -41,11 +45,16 @@ impl Controller {
     pub(super) fn next_deadline(&self) -> Option<u64> {
         let lanes = self.procs.values().filter_map(|proc| proc.next_deadline);
         let kills = self.procs.values().filter_map(|proc| proc.kill_deadline());
+        let dying = self.dying.values().filter_map(|kill| kill.deadline);
         let stop = match self.stop {
             StopState::Running => None,
+            // After the kill there is only the end to wait for.
+            StopState::Stopping { give_up_ns } if give_up_ns <= now_ns() => {
+                Some(give_up_ns + KILLED_NS)
+            }
             StopState::Stopping { give_up_ns } => Some(give_up_ns),
         };
-        lanes.chain(kills).chain(stop).min()
+        lanes.chain(kills).chain(dying).chain(stop).min()
     }
 
     /// Whether something is about to come.
@@ -131,9 +140,8 @@ impl Controller {
         match self.stop {
             StopState::Running => false,
             StopState::Stopping { give_up_ns } => {
-                let patience = 2 * u64::try_from(launch::GRACE.as_nanos()).unwrap_or(0);
                 (self.procs.is_empty() && self.launches.is_empty())
-                    || now_ns() > give_up_ns + patience
+                    || now_ns() > give_up_ns + KILLED_NS
             }
         }
     }

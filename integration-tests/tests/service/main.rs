@@ -12,4 +12,6 @@ mod lifecycle;
 mod partition;
 mod permission;
 mod reading;
+mod several;
+mod survival;
 mod table;
