@@ -182,8 +182,13 @@ impl std::fmt::Debug for Mounted {
 /// Watches the mounts of this process: a lazy unmount by somebody else leaves the
 /// session alive while a file is open, but nobody finds the files any more.
 fn watch(mount: &OwnMount, core: &Operations, state: &State) {
-    let Ok(mounts) = mount::open_mounts() else {
-        return;
+    // A mount whose loss nobody would see counts as lost.
+    let mounts = match mount::open_mounts() {
+        Ok(mounts) => mounts,
+        Err(error) => {
+            tracing::error!(%error, "cannot watch what is mounted");
+            return state.lose(core);
+        }
     };
     loop {
         match mount.stands() {
@@ -200,8 +205,8 @@ fn watch(mount: &OwnMount, core: &Operations, state: &State) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => {
-                tracing::warn!(%errno, "cannot watch what is mounted");
-                return;
+                tracing::error!(%errno, "cannot watch what is mounted");
+                return state.lose(core);
             }
         }
         // A host that mounts all the time is asked ten times a second at most.

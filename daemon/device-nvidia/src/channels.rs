@@ -122,19 +122,18 @@ impl DriverChannels {
             )));
         }
         let control = self.control_of(layout, groups)?;
-        for group in &groups.groups {
-            control
-                .set_timeslice(layout, groups.client, *group, usec)
-                .map_err(|error| error.of("setting a timeslice"))?;
+        let before = read_timeslices(layout, &control, groups)?;
+        let outcome = set_timeslices(layout, &control, groups, usec);
+        if outcome.is_err() {
+            // A change that failed has changed nothing, as far as that can be had.
+            for (group, usec) in groups.groups.iter().zip(before.usec) {
+                let back = control.set_timeslice(layout, groups.client, *group, usec);
+                if let Err(error) = back.map_err(|error| error.of("putting a timeslice back")) {
+                    tracing::warn!(pid = groups.pid, %error, "a timeslice is not what it was");
+                }
+            }
         }
-        let timeslices = read_timeslices(layout, &control, groups)?;
-        if timeslices.usec.iter().any(|read| *read != usec) {
-            return Err(DeviceError::Failed(format!(
-                "a timeslice of {usec} us was read back as {:?} us",
-                timeslices.usec
-            )));
-        }
-        Ok(timeslices)
+        outcome
     }
 
     /// The client of a process that has compute groups, else one without any.
@@ -318,6 +317,28 @@ fn owns(control: &Control, layout: &Layout, client: u32) -> Result<bool, DeviceE
         Err(RmError::Rm(status)) if status != Status::Denied => Ok(false),
         Err(error) => Err(error.of("looking for the driver client")),
     }
+}
+
+/// Sets the timeslice of each group and reads it back.
+fn set_timeslices(
+    layout: &Layout,
+    control: &Control,
+    groups: &ChannelGroups,
+    usec: u64,
+) -> Result<Timeslices, DeviceError> {
+    for group in &groups.groups {
+        control
+            .set_timeslice(layout, groups.client, *group, usec)
+            .map_err(|error| error.of("setting a timeslice"))?;
+    }
+    let timeslices = read_timeslices(layout, control, groups)?;
+    if timeslices.usec.iter().any(|read| *read != usec) {
+        return Err(DeviceError::Failed(format!(
+            "a timeslice of {usec} us was read back as {:?} us",
+            timeslices.usec
+        )));
+    }
+    Ok(timeslices)
 }
 
 fn read_timeslices(
