@@ -46,6 +46,9 @@ struct FileConfig {
     group: Option<String>,
     worker_user: Option<String>,
     sharing: Option<SharingChoice>,
+    attach: Option<bool>,
+    count_launches: Option<bool>,
+    any_driver_branch: Option<bool>,
     #[serde(default)]
     deadlines: FileDeadlines,
 }
@@ -109,6 +112,13 @@ pub(crate) struct Config {
     pub(crate) worker_user: String,
     /// How workers share a GPU.
     pub(crate) sharing: SharingChoice,
+    /// Whether processes that the service did not launch get entries.
+    pub(crate) attach: bool,
+    /// Whether the launches of those are counted.
+    pub(crate) count_launches: bool,
+    /// Whether channel control is tried with a driver branch whose layouts were
+    /// not compared.
+    pub(crate) any_driver_branch: bool,
     /// Until a setting must be in force.
     pub(crate) settings_deadline: Duration,
     /// Until a launch must be ready.
@@ -164,6 +174,9 @@ impl Config {
             group: file.group,
             worker_user: file.worker_user.unwrap_or_else(|| "nobody".to_owned()),
             sharing: file.sharing.unwrap_or_default(),
+            attach: file.attach.unwrap_or(true),
+            count_launches: file.count_launches.unwrap_or(true),
+            any_driver_branch: file.any_driver_branch.unwrap_or(false),
             settings_deadline: millis("deadlines.settings_ms", file.deadlines.settings_ms, 5_000)?,
             launch_deadline: millis("deadlines.launch_ms", file.deadlines.launch_ms, 30_000)?,
             stuck_after: millis("deadlines.stuck_ms", file.deadlines.stuck_ms, 60_000)?,

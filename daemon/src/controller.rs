@@ -6,12 +6,17 @@
 //! workers' sockets without blocking, and calls that may block run in tasks that
 //! send their outcome back as an event.
 
+mod attach;
 mod change;
 mod device;
+mod keep;
 mod launching;
+mod log;
+mod pending;
 mod process;
 mod ticket;
 mod timer;
+mod undo;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -19,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use gcgroup_device::{DeviceError, GpuInfo, GpuSample, Timeslices};
+use gcgroup_device::{DeviceError, GpuInfo, GpuSample, Launches, Timeslices};
 use gcgroup_fs::Reply;
 use gcgroup_kernels::protocol::Message;
 use gcgroup_model::change::{Caller, Change, Done, Refusal};
@@ -29,9 +34,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use crate::clock::now_ns;
 use crate::config::Config;
+use crate::discover::Found;
+use crate::endings::Endings;
+use crate::keeper::Said;
 use crate::launch::{Context, Ready};
 use crate::link::FIRST_JOB;
 use crate::mps::Lost;
+use crate::remembered::Remembered;
 
 use device::GpuState;
 use process::Proc;
@@ -103,6 +112,61 @@ pub(crate) enum Event {
         job: JobId,
         /// The timeslices read back.
         result: Result<Timeslices, DeviceError>,
+    },
+    /// A process of somebody else has a context on a GPU.
+    Appeared {
+        /// NVML index.
+        gpu: u32,
+        /// Who.
+        found: Box<Found>,
+    },
+    /// A process has no context on a GPU any more.
+    Vanished {
+        /// NVML index.
+        gpu: u32,
+        /// Thread-group id.
+        pid: u32,
+        /// Start time in clock ticks since boot.
+        start: u64,
+    },
+    /// Device memory of processes has changed.
+    Memory {
+        /// NVML index.
+        gpu: u32,
+        /// Pids and bytes.
+        figures: Vec<(u32, u64)>,
+    },
+    /// A process is in another control group.
+    Moved {
+        /// Thread-group id.
+        pid: u32,
+        /// Start time in clock ticks since boot.
+        start: u64,
+        /// The group's path.
+        cgroup: String,
+    },
+    /// A process has launched so much since it was attached.
+    Counted {
+        /// Thread-group id.
+        pid: u32,
+        /// Start time in clock ticks since boot.
+        start: u64,
+        /// The figures.
+        launches: Launches,
+    },
+    /// A process that was watched has ended.
+    ProcessEnded {
+        /// Thread-group id.
+        pid: u32,
+        /// Start time in clock ticks since boot.
+        start: u64,
+    },
+    /// The keeper of an attached process said something.
+    Keeper {
+        /// Entry of the process.
+        node: NodeId,
+        /// What.
+        said: Box<Said>,
     },
     /// A worker that was asked to end has had its time.
     KillNow {
@@ -190,7 +254,7 @@ pub(crate) struct Controller {
     /// GPUs whose snapshot is older than they are.
     stale_gpus: BTreeSet<u32>,
     /// What is told once everybody has an answer.
-    log: Vec<change::LogLine>,
+    log: Vec<log::LogLine>,
     /// Until when something is likely enough to come to wait for it awake.
     awake_until: Option<u64>,
     gpus: BTreeMap<u32, GpuState>,
@@ -203,6 +267,13 @@ pub(crate) struct Controller {
     tickets: HashMap<TicketId, Ticket>,
     answers: Vec<(Reply, Result<Done, Refusal>)>,
     barriers: Barriers,
+    /// Settings of processes that outlive this service, and what waits.
+    remembered: Remembered,
+    endings: Endings,
+    /// Whether gcgroup.pending is older than what waits.
+    stale_pending: bool,
+    /// When settings that nobody waits for were last tried.
+    wanted_tried_ns: u64,
     next_node: u64,
     next_id: u64,
     report_every_ms: u64,
@@ -228,6 +299,7 @@ struct Counters {
     timed_out: u64,
     launched: u64,
     ended: u64,
+    attached: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,12 +309,16 @@ enum StopState {
 }
 
 impl Controller {
-    /// A controller without GPUs; `published` is called after each snapshot.
+    /// A controller without GPUs; `published` is called after each snapshot, and
+    /// `remembered` is what an earlier service left, and `endings` tells the ends
+    /// of processes of others.
     pub(crate) fn new(
         config: Config,
         context: Arc<Context>,
         shared: Arc<Shared>,
         published: Box<dyn Fn()>,
+        remembered: Remembered,
+        endings: Endings,
     ) -> Self {
         let events = shared.events.clone();
         Self {
@@ -265,6 +341,10 @@ impl Controller {
             tickets: HashMap::new(),
             answers: Vec::new(),
             barriers: Barriers::default(),
+            remembered,
+            endings,
+            stale_pending: true,
+            wanted_tried_ns: 0,
             next_node: 0,
             next_id: FIRST_JOB,
             report_every_ms: timer::UNREAD_REPORT_MS,
@@ -279,6 +359,7 @@ impl Controller {
     pub(crate) async fn run(mut self, mut events: UnboundedReceiver<Event>) -> End {
         let mut ticker = tokio::time::interval(timer::TICK);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.adopt_pending();
         self.flush();
         loop {
             tokio::select! {
@@ -329,6 +410,17 @@ impl Controller {
             Event::WorkerGone { node } => self.worker_gone(node),
             Event::WorkerReaped { node } => self.worker_reaped(node),
             Event::Timeslice { node, job, result } => self.timeslice_set(node, job, result),
+            Event::Appeared { gpu, found } => self.appeared(gpu, *found),
+            Event::Vanished { gpu, pid, start } => self.vanished(gpu, pid, start),
+            Event::Memory { gpu, figures } => self.measured(gpu, figures),
+            Event::Moved { pid, start, cgroup } => self.moved(pid, start, &cgroup),
+            Event::Counted {
+                pid,
+                start,
+                launches,
+            } => self.counted(pid, start, launches),
+            Event::ProcessEnded { pid, start } => self.process_ended(pid, start),
+            Event::Keeper { node, said } => self.keeper_said(node, *said),
             Event::KillNow { node } => self.kill_now(node),
             Event::MpsLost(gpus) => self.mps_lost(&gpus),
             Event::Stop => self.begin_stop(),
@@ -350,6 +442,9 @@ impl Controller {
         for gpu in std::mem::take(&mut self.stale_gpus) {
             self.dirty = true;
             self.render_gpu(gpu);
+        }
+        if std::mem::take(&mut self.stale_pending) {
+            self.render_pending();
         }
         if self.dirty {
             self.dirty = false;
@@ -386,6 +481,7 @@ impl Controller {
             ("nr_timed_out", self.counters.timed_out),
             ("nr_launched", self.counters.launched),
             ("nr_ended", self.counters.ended),
+            ("nr_attached", self.counters.attached),
         ]
     }
 

@@ -130,9 +130,10 @@ impl Service {
         if gpu.is_none() {
             command.arg("--sim");
         }
-        // The defaults, whatever this host's own service is configured to.
+        // The defaults, whatever this host's own service is configured to; but
+        // what others run on the GPU is none of the demo's business.
         let config = place.join("config.toml");
-        fs::write(&config, "").context("cannot write a configuration")?;
+        fs::write(&config, "attach = false\n").context("cannot write a configuration")?;
         command.arg("--config").arg(&config);
         let child = command
             .arg("--until-input-ends")

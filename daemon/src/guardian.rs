@@ -64,8 +64,9 @@ pub(crate) async fn keep(mut guardian: Child, state: PathBuf) {
     }
 }
 
-/// The guardian's life: waits for the service's end, then recovers. After an
-/// orderly end there is nothing left to undo.
+/// The guardian's life: waits for the end of the service's last thread, then
+/// recovers. After an orderly end there is nothing left to undo but the stops of
+/// keepers that hung.
 ///
 /// # Errors
 /// What could not be undone.
@@ -81,7 +82,7 @@ pub(crate) fn run(state: &Path) -> Result<()> {
     }
     match recover::run(state) {
         // The next service was faster: its start has recovered already.
-        Err(error) if error.to_string().contains("in use") => Ok(()),
+        Err(error) if recover::is_served(&error) => Ok(()),
         other => other,
     }
 }

@@ -8,10 +8,10 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
 use gcgroup_device::{
-    ChannelGroups, Channels, ClientMark, DeviceError, GpuInfo, GpuSample, Host, Mps, MpsServer,
-    Telemetry, Timeslices,
+    ChannelSet, Channels, ClientMark, Counters, DeviceError, GpuInfo, GpuProcess, GpuSample, Host,
+    LaunchCounter, Mps, MpsServer, Search, Telemetry, Timeslices,
 };
-use gcgroup_device_nvidia::NvidiaHost;
+use gcgroup_device_nvidia::{NvidiaHost, Options};
 use gcgroup_device_sim::SimHost;
 use parking_lot::Mutex;
 
@@ -24,9 +24,11 @@ pub(crate) struct Awaited {
 }
 
 impl Awaited {
-    /// The real host.
-    pub(crate) fn nvidia() -> Self {
-        Self::new(|| Ok(Arc::new(NvidiaHost::open()?)))
+    /// The real host; `any_driver_branch` lets channel control try a driver whose
+    /// layouts were not compared.
+    pub(crate) fn nvidia(any_driver_branch: bool) -> Self {
+        let options = Options { any_driver_branch };
+        Self::new(move || Ok(Arc::new(NvidiaHost::open_with(options)?)))
     }
 
     fn new(open: impl Fn() -> Result<Arc<dyn Host>, DeviceError> + Send + Sync + 'static) -> Self {
@@ -97,6 +99,10 @@ impl Telemetry for Awaited {
     fn sample(&self, gpu: &GpuInfo) -> Result<GpuSample, DeviceError> {
         self.get()?.sample(gpu)
     }
+
+    fn processes(&self, gpu: &GpuInfo) -> Result<Vec<GpuProcess>, DeviceError> {
+        self.get()?.processes(gpu)
+    }
 }
 
 impl Mps for Awaited {
@@ -118,21 +124,30 @@ impl Channels for Awaited {
         self.get()?.mark()
     }
 
-    fn find(
-        &self,
-        pid: u32,
-        gpu: &GpuInfo,
-        mark: ClientMark,
-    ) -> Result<ChannelGroups, DeviceError> {
-        self.get()?.find(pid, gpu, mark)
+    fn list(&self, pid: u32, gpu: &GpuInfo, search: Search) -> Result<ChannelSet, DeviceError> {
+        self.get()?.list(pid, gpu, search)
     }
 
-    fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError> {
-        self.get()?.timeslices(groups)
+    fn timeslices(&self, set: &ChannelSet) -> Result<Timeslices, DeviceError> {
+        self.get()?.timeslices(set)
     }
 
-    fn set_timeslice(&self, groups: &ChannelGroups, usec: u64) -> Result<Timeslices, DeviceError> {
-        self.get()?.set_timeslice(groups, usec)
+    fn set_timeslice(&self, set: &ChannelSet, usec: u64) -> Result<Timeslices, DeviceError> {
+        self.get()?.set_timeslice(set, usec)
+    }
+
+    fn stop(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        self.get()?.stop(gpu, sets)
+    }
+
+    fn resume(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        self.get()?.resume(gpu, sets)
+    }
+}
+
+impl Counters for Awaited {
+    fn count_launches(&self, pid: u32) -> Result<Box<dyn LaunchCounter>, DeviceError> {
+        self.get()?.count_launches(pid)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use gcgroup_device::{ChannelGroups, ClientMark, DeviceError, GpuInfo, Host};
+use gcgroup_device::{ChannelSet, ClientMark, DeviceError, GpuInfo, Host, Search};
 use gcgroup_kernels::engine::Facts;
 use gcgroup_kernels::protocol::{Answer, Command, GpuAddress, Readiness, Setup};
 use gcgroup_model::change::{Begun, Refusal};
@@ -23,7 +23,7 @@ pub(crate) const GRACE: Duration = Duration::from_millis(500);
 struct Prepared {
     link: Link,
     readiness: Readiness,
-    channels: Option<(ChannelGroups, u64)>,
+    channels: Option<(ChannelSet, u64)>,
     mps: Option<u64>,
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Ready {
     pub(crate) readiness: Readiness,
     /// Its channel groups and their timeslice in microseconds, under temporal
     /// sharing and where the driver lets us see them.
-    pub(crate) channels: Option<(ChannelGroups, u64)>,
+    pub(crate) channels: Option<(ChannelSet, u64)>,
     /// Which start of the private MPS server it is a client of.
     pub(crate) mps: Option<u64>,
 }
@@ -60,7 +60,8 @@ pub(crate) fn refusal(error: DeviceError) -> Refusal {
     match error {
         DeviceError::NoDriver(_) | DeviceError::NoGpu(_) => Refusal::Gone("the GPU".to_owned()),
         DeviceError::NoProcess(pid) => Refusal::Gone(format!("process {pid}")),
-        DeviceError::Unsupported(why) => Refusal::Unsupported(why),
+        // Nothing could enforce the change now.
+        DeviceError::NoContext(why) | DeviceError::Unsupported(why) => Refusal::Unsupported(why),
         DeviceError::Denied(why) => Refusal::Denied(why),
         DeviceError::Failed(why) => Refusal::Failed(why),
     }
@@ -202,10 +203,10 @@ impl Context {
         pid: u32,
         gpu: GpuInfo,
         mark: ClientMark,
-    ) -> Option<(ChannelGroups, u64)> {
+    ) -> Option<(ChannelSet, u64)> {
         let host = self.host.clone();
         let found = blocking(move || {
-            let groups = host.find(pid, &gpu, mark)?;
+            let groups = host.list(pid, &gpu, Search::Since(mark))?;
             let timeslices = host.timeslices(&groups)?;
             Ok::<_, DeviceError>((groups, timeslices.usec.first().copied().unwrap_or_default()))
         })

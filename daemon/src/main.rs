@@ -6,17 +6,23 @@
 mod clock;
 mod config;
 mod controller;
+mod counting;
 mod demo;
+mod discover;
+mod doctor;
+mod endings;
 mod guardian;
 mod host;
 mod identity;
 mod journal;
+mod keeper;
 mod launch;
 mod link;
 mod mps;
 mod procfs;
 mod prove;
 mod recover;
+mod remembered;
 mod sandbox;
 mod serve;
 mod spawn;
@@ -26,6 +32,7 @@ use std::ffi::CStr;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -57,6 +64,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Undo what a service left behind that ended without cleaning up
     Recover(RecoverArgs),
+    /// Say what this host offers, and what to do about what it lacks
+    Doctor(doctor::DoctorArgs),
     /// The process of one workload; started by the service
     #[command(hide = true)]
     Worker,
@@ -78,7 +87,11 @@ impl Command {
             Self::Worker => Some(c"gcgroupd-worker"),
             Self::Guardian(_) => Some(c"gcgroupd-guard"),
             Self::SimGpu(_) => Some(c"gcgroupd-sim"),
-            Self::Serve(_) | Self::Demo(_) | Self::Recover(_) | Self::SimApp(_) => None,
+            Self::Serve(_)
+            | Self::Demo(_)
+            | Self::Recover(_)
+            | Self::Doctor(_)
+            | Self::SimApp(_) => None,
         }
     }
 }
@@ -110,9 +123,15 @@ struct SimGpuArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = format!(
+    "Commands on standard input, a line each, answered by a line:\n{}",
+    gcgroup_device_sim::COMMANDS
+))]
 struct SimAppArgs {
+    /// State directory of the simulated GPU
     #[arg(long, value_name = "DIR")]
     state: PathBuf,
+    /// GPU of its first context
     #[arg(long, value_name = "INDEX", default_value_t = 0)]
     gpu: u32,
     /// Bytes that it allocates, with an optional K, M, G or T
@@ -121,6 +140,18 @@ struct SimAppArgs {
     /// Length of its kernels in microseconds
     #[arg(long, value_name = "USEC", default_value_t = 500)]
     kernel_us: u64,
+    /// Launch nothing before `go` is read from standard input
+    #[arg(long)]
+    idle: bool,
+    /// Be an MPS server in the list of processes
+    #[arg(long)]
+    mps_server: bool,
+    /// Wait before the first context is opened, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    later: u64,
+    /// Start children that do the same, and end when this process does
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    children: u32,
 }
 
 fn main() -> ExitCode {
@@ -132,7 +163,7 @@ fn main() -> ExitCode {
     }
     log_to_stderr();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("gcgroupd: {error:#}");
             ExitCode::FAILURE
@@ -149,8 +180,16 @@ fn log_to_stderr() {
         .init();
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
+        Some(Command::Doctor(args)) => {
+            let healthy = doctor::run(&args)?;
+            return Ok(if healthy {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
+        }
         None => serve::run(Config::load(&cli.flags)?, cli.flags.lives()),
         Some(Command::Serve(flags)) => serve::run(Config::load(&flags)?, flags.lives()),
         Some(Command::Demo(args)) => demo::run(&args),
@@ -159,7 +198,8 @@ fn run(cli: Cli) -> Result<()> {
         Some(Command::Guardian(args)) => guardian::run(&args.state),
         Some(Command::SimGpu(args)) => sim_gpu(args),
         Some(Command::SimApp(args)) => sim_app(&args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn sim_gpu(args: SimGpuArgs) -> Result<()> {
@@ -179,6 +219,12 @@ fn sim_app(args: &SimAppArgs) -> Result<()> {
         gpu: args.gpu,
         memory_bytes,
         kernel_us: args.kernel_us,
+        idle: args.idle,
+        mps_server: args.mps_server,
+        later: Duration::from_millis(args.later),
+        children: args.children,
+        // A child knows that it is one, and has none.
+        child_arguments: std::env::args_os().skip(1).collect(),
     })?;
     Ok(())
 }

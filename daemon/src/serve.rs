@@ -7,16 +7,20 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use gcgroup_device::{DeviceError, GpuInfo, Telemetry};
 use gcgroup_fs::{Mounted, Options};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::config::Config;
 use crate::controller::{Controller, End, Event, Shared};
+use crate::endings::Endings;
 use crate::host::Awaited;
-use crate::journal::{self, Journal};
+use crate::journal::{self, HostKind, Journal};
 use crate::launch::{Context, blocking};
 use crate::mps::MpsKeeper;
+use crate::recover::StillStopped;
+use crate::remembered::Remembered;
 use crate::{guardian, identity, recover};
 
 /// How long a start waits for the guardian of a service that just died.
@@ -46,13 +50,26 @@ pub(crate) fn run(config: Config, lives: Lives) -> Result<()> {
     recover::make_state(&config.state)
         .with_context(|| format!("cannot make state = {}", config.state.display()))?;
     let lock = journal::lock(&config.state, LOCK_PATIENCE)?;
-    recover::undo(&config.state)?;
-    std::fs::create_dir_all(&config.mountpoint)
-        .with_context(|| format!("cannot make mountpoint = {}", config.mountpoint.display()))?;
+    match recover::undo(&config.state) {
+        // The journal keeps them; barring the start would help nobody.
+        Err(error) if error.is::<StillStopped>() => {
+            tracing::error!(%error, "recovery is not complete")
+        }
+        outcome => outcome?,
+    }
+    raise_descriptors();
+    // A dead mount neither is a directory nor lets one be made.
     gcgroup_fs::clean_stale_mount(&config.mountpoint)
         .with_context(|| format!("cannot clean mountpoint = {}", config.mountpoint.display()))?;
+    std::fs::create_dir_all(&config.mountpoint)
+        .with_context(|| format!("cannot make mountpoint = {}", config.mountpoint.display()))?;
+    let kind = match config.sim {
+        Some(_) => HostKind::Sim,
+        None => HostKind::Nvidia,
+    };
     let journal = Arc::new(
-        Journal::begin(&config.state, &config.mountpoint).context("cannot begin a journal")?,
+        Journal::begin(&config.state, &config.mountpoint, kind)
+            .context("cannot begin a journal")?,
     );
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -61,16 +78,24 @@ pub(crate) fn run(config: Config, lives: Lives) -> Result<()> {
         .event_interval(1)
         .build()
         .context("cannot start the runtime")?;
-    let state = config.state.clone();
-    let end = runtime.block_on(serve(config, Owners { worker, gid }, journal, lives))?;
+    let owners = Owners { worker, gid };
+    let end = runtime.block_on(serve(config, owners, journal.clone(), lives))?;
     // Threads that hang in the driver do not keep the service from ending.
     runtime.shutdown_timeout(Duration::from_millis(500));
     // What a hanging driver has kept is ended now, as after a crash.
-    recover::undo(&state)?;
-    drop(lock);
+    recover::undo_at_end(&journal, lock)?;
     match end {
         End::Asked => Ok(()),
         End::MountLost => bail!("the mount was taken away"),
+    }
+}
+
+/// Counting takes up to eight descriptors a thread of each process.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of descriptors could not be raised");
     }
 }
 
@@ -120,10 +145,11 @@ async fn serve(config: Config, who: Owners, journal: Arc<Journal>, lives: Lives)
     tokio::spawn(guardian::keep(guardian, config.state.clone()));
     let host = Arc::new(match config.sim {
         Some(gpus) => Awaited::simulated(&config.state, gpus)?,
-        None => Awaited::nvidia(),
+        None => Awaited::nvidia(config.any_driver_branch),
     });
     let (sender, receiver) = unbounded_channel();
     let shared = Shared::new(sender.clone());
+    let endings = Endings::start(sender.clone()).context("cannot watch processes")?;
     let mps = Arc::new(MpsKeeper::new(
         host.clone(),
         journal.clone(),
@@ -167,7 +193,8 @@ async fn serve(config: Config, who: Owners, journal: Arc<Journal>, lives: Lives)
     if mounted.set(mount).is_err() {
         bail!("the mount was made twice");
     }
-    let controller = Controller::new(config, context, shared, published);
+    let remembered = Remembered::load(&config.state);
+    let controller = Controller::new(config, context, shared, published, remembered, endings);
     let end = controller.run(receiver).await;
     notify(&[NotifyState::Stopping]);
     if blocking(move || mps.stop_all()).await.is_err() {

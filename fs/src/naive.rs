@@ -81,6 +81,8 @@ fn naive(snapshot: &Snapshot, writes: GroupWrites) -> BTreeMap<String, Found> {
         "gcgroup.freeze".into(),
         file(rw, lines(frozen.map(|p| p.pid.to_string()))),
     );
+    let waiting = snapshot.pending.iter().cloned();
+    put("gcgroup.pending".into(), file(rw, lines(waiting)));
     let stat = snapshot.service.iter().map(|(k, v)| format!("{k}: {v}"));
     put("gcgroup.stat".into(), file(0o444, lines(stat)));
     for (index, gpu) in &snapshot.gpus {
@@ -161,12 +163,17 @@ fn naive_gpu(gpu: &Gpu) -> Vec<(&'static str, String)> {
         (
             "gcgroup.enforcers",
             lines(
-                gpu.enforcers
-                    .iter()
-                    .map(|(file, by)| format!("{} {}", file.name(), plain(&by.to_string()))),
+                by_whom(&gpu.enforcers)
+                    .chain(by_whom(&gpu.attached).map(|line| format!("attached/{line}"))),
             ),
         ),
     ]
+}
+
+fn by_whom(enforcers: &[(File, Enforcer)]) -> impl Iterator<Item = String> {
+    let line =
+        |(file, by): &(File, Enforcer)| format!("{} {}", file.name(), plain(&by.to_string()));
+    enforcers.iter().map(line)
 }
 
 fn naive_entry(entry: &Entry, writes: GroupWrites) -> Vec<(&'static str, u16, String)> {
@@ -232,16 +239,7 @@ fn naive_entry(entry: &Entry, writes: GroupWrites) -> Vec<(&'static str, u16, St
                 + &flag("held", entry.events.held)
                 + &flag("pending", entry.events.pending),
         ),
-        (
-            "gcgroup.enforcers",
-            0o444,
-            lines(
-                entry
-                    .enforcers
-                    .iter()
-                    .map(|(file, by)| format!("{} {}", file.name(), plain(&by.to_string()))),
-            ),
-        ),
+        ("gcgroup.enforcers", 0o444, lines(by_whom(&entry.enforcers))),
         ("gcgroup.kill", wo, String::new()),
     ];
     if let Some(workload) = &entry.workload {
@@ -424,8 +422,9 @@ fn gpu() -> impl Strategy<Value = Gpu> {
         ],
         0..=3,
     );
-    (text(), any::<[u64; 5]>(), utilization, enforcers()).prop_map(
-        |(name, numbers, utilization, enforcers)| Gpu {
+    let both = (enforcers(), enforcers());
+    (text(), any::<[u64; 5]>(), utilization, both).prop_map(
+        |(name, numbers, utilization, (enforcers, attached))| Gpu {
             node: NodeId(0),
             partitions_node: NodeId(0),
             index: 0,
@@ -442,6 +441,7 @@ fn gpu() -> impl Strategy<Value = Gpu> {
                 mps_lost: numbers[4],
             },
             enforcers,
+            attached,
         },
     )
 }
@@ -479,7 +479,8 @@ prop_compose! {
     ) -> Snapshot {
         let mut node = first;
         let mut fresh = || { node += 1; NodeId(node) };
-        let mut snapshot = Snapshot { service, ..Snapshot::default() };
+        let pending = vec!["7 compute.freeze 1".to_owned(); service.len()];
+        let mut snapshot = Snapshot { service, pending, ..Snapshot::default() };
         for (index, gpu) in gpus {
             let gpu = Gpu { node: fresh(), partitions_node: fresh(), index, ..gpu };
             snapshot.gpus.insert(index, Arc::new(gpu));

@@ -114,6 +114,10 @@ pub(crate) fn behaviour(file: File) -> Behaviour {
             Whole(|whole, out| frozen(whole.snapshot).for_each(|pid| line(out, pid))),
             Store::Whole(|text| Ok(Change::FreezeMany(text.parse()?))),
         ),
+        File::Pending => stored(
+            Whole(|whole, out| whole.snapshot.pending.iter().for_each(|waits| line(out, waits))),
+            Store::Whole(|text| Ok(Change::Pend(text.parse()?))),
+        ),
         File::ServiceStat => shown(Whole(|whole, out| stat(out, whole.snapshot.service.iter().copied()))),
 
         File::GpuName => shown(Gpu(|gpu, out| line(out, one_line(&gpu.name)))),
@@ -128,7 +132,10 @@ pub(crate) fn behaviour(file: File) -> Behaviour {
             ("gpu_lost", gpu.events.gpu_lost),
             ("mps_lost", gpu.events.mps_lost),
         ]))),
-        File::GpuEnforcers => shown(Gpu(|gpu, out| enforcers(out, &gpu.enforcers))),
+        File::GpuEnforcers => shown(Gpu(|gpu, out| {
+            enforcers(out, "", &gpu.enforcers);
+            enforcers(out, "attached/", &gpu.attached);
+        })),
 
         File::SmCount => stored(
             Partition(|partition, out| line(out, partition.sm_count)),
@@ -161,7 +168,7 @@ pub(crate) fn behaviour(file: File) -> Behaviour {
             ("held", u64::from(entry.events.held)),
             ("pending", u64::from(entry.events.pending)),
         ]))),
-        File::Enforcers => shown(Entry(|entry, out| enforcers(out, &entry.enforcers))),
+        File::Enforcers => shown(Entry(|entry, out| enforcers(out, "", &entry.enforcers))),
         File::Kill => stored(Show::Never, Store::Node(|node, text| {
             text.parse().map(|gcgroup_model::value::One| Change::Set(node, Setting::Kill))
         })),
@@ -263,11 +270,15 @@ fn spaced(out: &mut String, numbers: &[u32]) {
     out.push('\n');
 }
 
-fn enforcers(out: &mut String, enforcers: &Enforcers) {
+fn enforcers(out: &mut String, prefix: &str, enforcers: &Enforcers) {
     for (file, enforcer) in enforcers {
         line(
             out,
-            format_args!("{} {}", file.name(), one_line(&enforcer.to_string())),
+            format_args!(
+                "{prefix}{} {}",
+                file.name(),
+                one_line(&enforcer.to_string())
+            ),
         );
     }
 }

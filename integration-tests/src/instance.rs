@@ -186,11 +186,12 @@ impl Instance {
 
     /// Whether a GPU is there with every mechanism that it shall have. It is
     /// read, because the kernel remembers for a while what a mount had whose
-    /// service is gone. Under temporal sharing a trial of channel control goes
-    /// on for a while after the GPU is there.
+    /// service is gone. Where channel control is used, a trial of it goes on for a
+    /// while after the GPU is there.
     fn is_served(&self, gpu: u32) -> bool {
         let mechanisms = self.read(format!("devices/{gpu}/gcgroup.enforcers"));
-        mechanisms.is_ok_and(|text| !self.setup.temporal || text.contains(CHANNELS_PROVED))
+        let proof = self.setup.temporal || self.setup.attach;
+        mechanisms.is_ok_and(|text| !proof || text.contains(CHANNELS_PROVED))
     }
 
     fn has_ended(&mut self) -> bool {

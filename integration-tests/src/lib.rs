@@ -8,6 +8,7 @@
 //! The harness panics where a test cannot go on, so that tests read as the
 //! behaviour they check.
 
+pub mod app;
 pub mod binary;
 pub mod fault;
 pub mod file;
@@ -19,6 +20,7 @@ pub mod setup;
 pub mod wait;
 mod watchdog;
 
+pub use app::{App, Counted};
 pub use instance::{Instance, Launched, Refused};
 pub use rustix::io::Errno;
 pub use setup::Setup;

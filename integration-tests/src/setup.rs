@@ -11,6 +11,7 @@ use crate::Instance;
 pub struct Setup {
     pub(crate) gpus: u32,
     pub(crate) temporal: bool,
+    pub(crate) attach: bool,
     settings: String,
     deadlines: String,
 }
@@ -28,6 +29,7 @@ impl Setup {
         Self {
             gpus: 1,
             temporal: false,
+            attach: false,
             settings: String::new(),
             deadlines: String::new(),
         }
@@ -61,6 +63,14 @@ impl Setup {
         self.setting("sharing", "\"temporal\"")
     }
 
+    /// Processes that the service did not launch get entries too. Without this
+    /// they do not, so that tests of workloads have the GPU for themselves.
+    #[must_use]
+    pub fn attach(mut self) -> Self {
+        self.attach = true;
+        self
+    }
+
     /// Starts the service and waits until its GPUs are there.
     ///
     /// # Panics
@@ -87,8 +97,9 @@ impl Setup {
         let Self {
             settings,
             deadlines,
+            attach,
             ..
         } = self;
-        format!("{settings}[deadlines]\n{deadlines}")
+        format!("attach = {attach}\n{settings}[deadlines]\n{deadlines}")
     }
 }

@@ -6,14 +6,25 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::launch::LaunchArguments;
 use crate::output::Style;
+use crate::run::RunArguments;
+use crate::select::Selection;
 
 /// Shown below the list of commands.
 const TARGETS: &str = "\
-A TARGET is a process (PID, or PID/GPU where it uses several GPUs), the name of a workload, or the
-path of a directory below the mount point: devices/0, partitions/0/a, processes/1234/0,
+A TARGET is a process (PID, or PID/GPU where it uses several GPUs), the name of a workload, or \
+the path of a directory below the mount point: devices/0, partitions/0/a, processes/1234/0, \
 workloads/noisy, or / for the mount point itself.
 
-Exit status: 0, 1 where a command failed, 2 where its arguments were wrong.";
+Exit status: 0, 1 where a command failed, 2 where its arguments were wrong. 'run' has that of its \
+COMMAND, 126 where that cannot be executed and 127 where it is not found.";
+
+/// Shown below the options of `freeze` and `thaw`.
+const SELECTORS: &str = "\
+Names, --tree and --cgroup may stand together; all that they name changes in one step, or \
+nothing does. A process whose parent has ended is in no tree any more; its control group does \
+not change.
+
+Example: gcgroup freeze --cgroup /system.slice/docker-4f1c.scope";
 
 /// Reads and writes the control files of processes on NVIDIA GPUs.
 #[derive(Debug, Parser)]
@@ -30,15 +41,17 @@ pub(crate) struct Arguments {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Lists processes, one line for each GPU that they use.
+    /// Lists the processes on the GPUs, how each is controlled, and what that costs.
+    #[command(after_help = "Example: gcgroup ls --long")]
     Ls {
-        /// Adds the user, the control group and the GPU time.
+        /// Adds the partition, compute.max, ended kernels, GPU time and the control group.
         #[arg(short, long)]
         long: bool,
         #[command(flatten)]
         output: OutputArguments,
     },
     /// Reads control files; all that can be read where none is named.
+    #[command(after_help = "Example: gcgroup get 1234 gcgroup.stat")]
     Get {
         /// What to read from.
         target: String,
@@ -48,6 +61,7 @@ pub(crate) enum Command {
         output: OutputArguments,
     },
     /// Writes a control file, in one write.
+    #[command(after_help = "Example: gcgroup set 1234 compute.max 30000 100000")]
     Set {
         /// What to write to.
         target: String,
@@ -60,12 +74,23 @@ pub(crate) enum Command {
         output: OutputArguments,
     },
     /// Stops processes on the GPU; several of them in one step, all or none.
-    Freeze(Targets),
+    #[command(after_help = SELECTORS)]
+    Freeze(Selection),
     /// Lets frozen processes run; several of them in one step, all or none.
-    Thaw(Targets),
+    #[command(after_help = SELECTORS.replace("gcgroup freeze", "gcgroup thaw"))]
+    Thaw(Selection),
+    /// Starts a program with settings that wait for its first GPU context.
+    #[command(after_help = "\
+The settings come into force with the first GPU context of the program, or of one that it starts. \
+The program takes the place of gcgroup and keeps its pid.
+
+Example: gcgroup run --priority 12 --max '30000 100000' -- python train.py")]
+    Run(RunArguments),
     /// Launches a workload and prints the service's answer, a JSON object.
+    #[command(after_help = "Example: gcgroup launch --kernel fma_fp32 --name noisy")]
     Launch(LaunchArguments),
-    /// Ends processes: asks first, kills after 500 ms.
+    /// Ends processes: a workload is asked first and killed after 500 ms, others at once.
+    #[command(after_help = "Example: gcgroup kill noisy")]
     Kill(Targets),
     /// Makes, resizes, removes and lists SM partitions.
     #[command(subcommand)]
@@ -86,6 +111,7 @@ pub(crate) struct Targets {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PartitionCommand {
     /// Makes a partition.
+    #[command(after_help = "Example: gcgroup partition create a 64")]
     Create {
         /// [GPU/]NAME; the GPU is 0 if left out.
         partition: String,
@@ -95,6 +121,7 @@ pub(crate) enum PartitionCommand {
         output: OutputArguments,
     },
     /// Changes the number of SMs, with its members running.
+    #[command(after_help = "Example: gcgroup partition resize a 32")]
     Resize {
         /// [GPU/]NAME; the GPU is 0 if left out.
         partition: String,
@@ -104,6 +131,7 @@ pub(crate) enum PartitionCommand {
         output: OutputArguments,
     },
     /// Removes partitions that have no members.
+    #[command(after_help = "Example: gcgroup partition remove a")]
     Remove {
         /// [GPU/]NAME; the GPU is 0 if left out.
         #[arg(required = true)]
@@ -112,6 +140,7 @@ pub(crate) enum PartitionCommand {
         output: OutputArguments,
     },
     /// Lists partitions.
+    #[command(after_help = "Example: gcgroup partition ls")]
     Ls {
         #[command(flatten)]
         output: OutputArguments,
@@ -140,11 +169,11 @@ impl Command {
             Self::Ls { output, .. } | Self::Get { output, .. } | Self::Set { output, .. } => {
                 output.style()
             }
-            Self::Freeze(targets) | Self::Thaw(targets) | Self::Kill(targets) => {
-                targets.output.style()
-            }
-            // Its answer is JSON, its errors are for people.
-            Self::Launch(_) => Style::Text,
+            Self::Freeze(selection) | Self::Thaw(selection) => selection.output.style(),
+            Self::Kill(targets) => targets.output.style(),
+            // The answer of one is JSON and the output of the other is not ours;
+            // their errors are for people.
+            Self::Launch(_) | Self::Run(_) => Style::Text,
             Self::Partition(
                 PartitionCommand::Create { output, .. }
                 | PartitionCommand::Resize { output, .. }
@@ -163,6 +192,79 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example_of_itself() {
+        fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+            for command in command.get_subcommands() {
+                let path = format!("{path} {}", command.get_name());
+                if command.has_subcommands() {
+                    leaves(command, &path, found);
+                } else {
+                    let help = command.get_after_help().map(ToString::to_string);
+                    found.push((path, help.unwrap_or_default()));
+                }
+            }
+        }
+        let mut found = Vec::new();
+        leaves(&Arguments::command(), "gcgroup", &mut found);
+        assert!(found.len() > 8, "{found:?}");
+        for (path, help) in found {
+            let example = help.split("Example: ").nth(1).unwrap_or_default();
+            assert!(example.starts_with(&path), "{path}: {help:?}");
+            // The words as a shell without blanks in its quotes would have them.
+            let words = example.replace("'30000 100000'", "30000");
+            let parsed = Arguments::try_parse_from(words.split(' '));
+            assert!(parsed.is_ok(), "{example}: {parsed:?}");
+        }
+    }
+
+    #[test]
+    fn freeze_takes_names_trees_or_control_groups_but_not_nothing() {
+        let parse = |words: &[&str]| {
+            Arguments::try_parse_from(["gcgroup", "freeze"].iter().chain(words)).is_ok()
+        };
+        for words in [
+            &["1"][..],
+            &["--tree", "1"],
+            &["--cgroup", "/a", "--tree", "1", "noisy", "--cgroup", "/b"],
+        ] {
+            assert!(parse(words), "{words:?}");
+        }
+        for words in [&[][..], &["--json"], &["--tree", "x"], &["--cgroup"]] {
+            assert!(!parse(words), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_a_program_are_its_own() {
+        let parsed = Arguments::try_parse_from([
+            "gcgroup", "run", "--freeze", "python", "-c", "1", "--root", "x", "--", "--json",
+        ])
+        .expect("what follows the command is the command's");
+        assert_eq!(parsed.root, None);
+        match parsed.command {
+            Command::Run(run) => {
+                assert_eq!(
+                    run.command,
+                    ["python", "-c", "1", "--root", "x", "--", "--json"]
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        for words in [
+            &["run"][..],
+            &["run", "--"],
+            &["run", "--priority", "16", "true"],
+            &["run", "--priority", "-1", "true"],
+            &["run", "--max", "1", "true"],
+            &["run", "--max", "30000 5", "true"],
+            &["run", "--frozen", "true"],
+        ] {
+            let parsed = Arguments::try_parse_from(["gcgroup"].iter().chain(words));
+            assert!(parsed.is_err(), "{words:?}");
+        }
     }
 
     #[test]

@@ -12,8 +12,10 @@ use crate::args::{Command, PartitionCommand};
 use crate::explain;
 use crate::failure::Failure;
 use crate::launch;
+use crate::list::{self, Width};
 use crate::output::{self, Align, Style, Table};
-use crate::process::{self, Width};
+use crate::process;
+use crate::run;
 use crate::target::Target;
 use crate::tree::{Tree, below};
 
@@ -27,7 +29,7 @@ pub(crate) fn run(command: &Command, root: &Path, out: &mut dyn Write) -> Result
     match command {
         Command::Ls { long, .. } => {
             let width = if *long { Width::Long } else { Width::Short };
-            process::list(tree, width, style, out)
+            list::run(tree, width, style, out)
         }
         Command::Get { target, file, .. } => get(tree, target, file, style, out),
         Command::Set {
@@ -36,8 +38,9 @@ pub(crate) fn run(command: &Command, root: &Path, out: &mut dyn Write) -> Result
             value,
             ..
         } => set(tree, target, file, &value.join(" "), style, out),
-        Command::Freeze(targets) => process::freeze(tree, &targets.target, Switch::On, style, out),
-        Command::Thaw(targets) => process::freeze(tree, &targets.target, Switch::Off, style, out),
+        Command::Freeze(selection) => process::freeze(tree, selection, Switch::On, style, out),
+        Command::Thaw(selection) => process::freeze(tree, selection, Switch::Off, style, out),
+        Command::Run(arguments) => run::run(tree, arguments),
         Command::Kill(targets) => process::kill(tree, &targets.target, style, out),
         Command::Launch(arguments) => launch::run(tree, arguments, out),
         Command::Partition(command) => partition(tree, command, style, out),

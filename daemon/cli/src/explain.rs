@@ -1,15 +1,22 @@
 //! Errnos in sentences: what was wrong and what is allowed.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use gcgroup_model::value::PartitionRef;
+use gcgroup_model::change::{Pending, Setting};
+use gcgroup_model::value::{FreezeSet, PartitionRef, Quota};
 use gcgroup_model::{File, Grammar, Place, Row};
 use rustix::io::Errno;
 
 use crate::failure::Failure;
+use crate::tree::below;
+
+/// Where users and groups have their names.
+const USERS: &str = "/etc/passwd";
+const GROUPS: &str = "/etc/group";
 
 /// Why nothing answers at `root`, and how to start what should.
 pub(crate) fn not_serving(root: &Path, error: &io::Error) -> String {
@@ -39,7 +46,7 @@ pub(crate) fn read(path: &Path, row: &Row, error: &io::Error) -> Failure {
         Some(Errno::NOENT) if row.place == Place::Workload => {
             "only processes that gcgroupd launched have this file".to_owned()
         }
-        Some(Errno::NOENT) => "is not there (any more)".to_owned(),
+        Some(Errno::NOENT) => absent(row),
         Some(Errno::ACCESS | Errno::PERM) => not_permitted(path),
         _ => common(errno).unwrap_or_else(|| system(error)),
     };
@@ -60,14 +67,13 @@ pub(crate) fn write(path: &Path, row: &Row, value: &str, error: &io::Error) -> F
             "{value:?} does not fit; allowed is {}",
             row.grammar.allowed()
         ),
+        Some(Errno::OPNOTSUPP) if row.file == File::FreezeMany => several(directory, value),
         Some(Errno::OPNOTSUPP) => unsupported(row, directory),
         Some(Errno::NOENT) if path.exists() => missing(row.grammar, value),
-        Some(Errno::NOENT) => "is not there (any more)".to_owned(),
+        Some(Errno::NOENT) => absent(row),
         Some(Errno::BUSY) => busy(row.grammar),
         Some(Errno::NOSPC) => no_space(row.grammar),
-        Some(Errno::SRCH) => {
-            format!("one of the processes in {value:?} is not on a GPU; none was changed")
-        }
+        Some(Errno::SRCH) => no_process(row.grammar, value),
         Some(Errno::ACCESS | Errno::PERM) => not_permitted(path),
         _ => common(errno).unwrap_or_else(|| system(error)),
     };
@@ -135,6 +141,22 @@ pub(crate) fn remove_partition(path: &Path, error: &io::Error) -> Failure {
     }
 }
 
+/// A program that could not be executed, with the status that shells end with.
+pub(crate) fn not_started(program: &OsStr, error: &io::Error) -> Failure {
+    let program = program.to_string_lossy();
+    if error.kind() == io::ErrorKind::NotFound {
+        Failure::NotStarted {
+            status: 127,
+            sentence: format!("command {program:?} was not found"),
+        }
+    } else {
+        Failure::NotStarted {
+            status: 126,
+            sentence: format!("command {program:?} cannot be executed: {}", system(error)),
+        }
+    }
+}
+
 /// Errnos that mean the same whatever was done.
 fn common(errno: Option<Errno>) -> Option<String> {
     let sentence = match errno? {
@@ -157,6 +179,30 @@ fn common(errno: Option<Errno>) -> Option<String> {
     Some(sentence)
 }
 
+/// A file that the table has and this directory has not.
+fn absent(row: &Row) -> String {
+    match row.place {
+        Place::Root => "this gcgroupd has no such file; it is older than this gcgroup".to_owned(),
+        Place::Gpu
+        | Place::Partition
+        | Place::Processes
+        | Place::Process
+        | Place::ProcessGpu
+        | Place::Workload => "is not there (any more)".to_owned(),
+    }
+}
+
+fn no_process(grammar: Grammar, value: &str) -> String {
+    match grammar {
+        Grammar::Pending => format!("there is no process {}", first_word(value)),
+        _ => format!("one of the processes in {value:?} is not on a GPU; none was changed"),
+    }
+}
+
+fn first_word(text: &str) -> &str {
+    text.split(' ').next().unwrap_or_default()
+}
+
 /// The value may be well formed and still be refused for what it names.
 fn invalid(grammar: Grammar, value: &str) -> String {
     if grammar == Grammar::PartitionRef
@@ -167,7 +213,24 @@ fn invalid(grammar: Grammar, value: &str) -> String {
             File::SmCount.name()
         );
     }
-    format!("{value:?} is not allowed; allowed is {}", grammar.allowed())
+    // A quota that the model takes was refused for its period, which only a
+    // worker keeps when it is short.
+    let is_quota = match grammar {
+        Grammar::Quota => value.parse::<Quota>().is_ok(),
+        Grammar::Pending => value
+            .parse()
+            .is_ok_and(|pending: Pending| matches!(pending.setting, Setting::Max(_))),
+        _ => false,
+    };
+    let more = if is_quota {
+        "; of a process that gcgroupd did not launch the period is 50000 at least"
+    } else {
+        ""
+    };
+    format!(
+        "{value:?} is not allowed; allowed is {}{more}",
+        grammar.allowed()
+    )
 }
 
 fn missing(grammar: Grammar, value: &str) -> String {
@@ -199,15 +262,7 @@ fn no_space(grammar: Grammar) -> String {
 
 /// The reason that the entry itself gives for a file that nothing enforces.
 fn unsupported(row: &Row, directory: &Path) -> String {
-    let told = fs::read_to_string(directory.join(File::Enforcers.name())).ok();
-    let reason = told.as_deref().and_then(|text| {
-        text.lines().find_map(|line| {
-            let line = line.strip_prefix(row.name)?;
-            let line = line.trim_start_matches(':').strip_prefix(' ')?;
-            line.trim_start().strip_prefix("none ")
-        })
-    });
-    match reason {
+    match reason(row, directory) {
         Some(reason) => format!("nothing can enforce it here: {reason}"),
         None => format!(
             "nothing can enforce it here; {} has the reason",
@@ -216,13 +271,39 @@ fn unsupported(row: &Row, directory: &Path) -> String {
     }
 }
 
+/// What stands behind `none` for a file in the enforcers of its directory.
+fn reason(row: &Row, directory: &Path) -> Option<String> {
+    let told = fs::read_to_string(directory.join(File::Enforcers.name())).ok()?;
+    told.lines().find_map(|line| {
+        let line = line.strip_prefix(row.name)?;
+        let line = line.trim_start_matches(':').strip_prefix(' ')?;
+        line.trim_start().strip_prefix("none ").map(str::to_owned)
+    })
+}
+
+/// Which of several processes cannot be frozen, and why; `root` is the mount
+/// point.
+fn several(root: &Path, value: &str) -> String {
+    let pids = value.parse::<FreezeSet>().map(|set| set.pids);
+    for pid in pids.unwrap_or_default() {
+        let process = root.join(below(Place::Process, &[&pid.to_string()]));
+        let gpus = fs::read_dir(process).into_iter().flatten().flatten();
+        for gpu in gpus {
+            if let Some(reason) = reason(File::Freeze.row(), &gpu.path()) {
+                return format!("nothing can freeze process {pid}: {reason}; none was changed");
+            }
+        }
+    }
+    "nothing can freeze one of the processes; none was changed".to_owned()
+}
+
 /// Whose the file is, so that the caller knows which group to ask for.
 fn not_permitted(path: &Path) -> String {
     let Ok(metadata) = fs::metadata(path) else {
         return "not permitted".to_owned();
     };
-    let user = name_of(metadata.uid(), "/etc/passwd");
-    let group = name_of(metadata.gid(), "/etc/group");
+    let user = name_of(metadata.uid().into(), USERS);
+    let group = name_of(metadata.gid().into(), GROUPS);
     if metadata.mode() & 0o020 == 0 {
         format!("not permitted: the files belong to {user}:{group} and only {user} writes them")
     } else {
@@ -230,9 +311,14 @@ fn not_permitted(path: &Path) -> String {
     }
 }
 
+/// Name of a user, or the number where it has none.
+pub(crate) fn user(uid: u64) -> String {
+    name_of(uid, USERS)
+}
+
 /// Name of a user or group id in a file whose third field is the id, or the
 /// number itself.
-fn name_of(id: u32, database: &str) -> String {
+fn name_of(id: u64, database: &str) -> String {
     let id = id.to_string();
     fs::read_to_string(database)
         .ok()
@@ -314,6 +400,58 @@ mod tests {
     }
 
     #[test]
+    fn of_several_processes_the_one_that_cannot_be_frozen_is_named() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        let path = root.path().join(File::FreezeMany.name());
+        let told = |value: &str| {
+            let error = Errno::OPNOTSUPP.into();
+            write(&path, File::FreezeMany.row(), value, &error).to_string()
+        };
+        assert!(told("1 5 6").contains("one of the processes"));
+        for (pid, line) in [("5", "channel"), ("6", "none it is a client")] {
+            let entry = root.path().join(below(Place::ProcessGpu, &[pid, "0"]));
+            fs::create_dir_all(&entry).expect("a directory");
+            let text = format!("{} {line}\n", File::Freeze.name());
+            fs::write(entry.join(File::Enforcers.name()), text).expect("an enforcers file");
+        }
+        let told = told("1 5 6");
+        assert!(
+            told.contains("process 6: it is a client; none was"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn a_period_that_only_workers_keep_is_told_apart() {
+        let period = "50000";
+        for (file, value, told) in [
+            (File::Max, "5000 10000", true),
+            (File::Max, "5000 1", false),
+            (File::Pending, "7 compute.max 5000 10000", true),
+            (File::Pending, "7 compute.priority 3", false),
+            (File::Pending, "7 compute.max 5", false),
+        ] {
+            let sentence = sentence(file, value, Errno::INVAL);
+            assert_eq!(sentence.contains(period), told, "{value}: {sentence}");
+        }
+    }
+
+    #[test]
+    fn a_setting_that_waits_for_nobody_names_the_process() {
+        let told = sentence(File::Pending, "7 compute.priority 3", Errno::SRCH);
+        assert_eq!(told, "there is no process 7");
+    }
+
+    #[test]
+    fn a_program_that_does_not_start_ends_as_in_a_shell() {
+        for (errno, status) in [(Errno::NOENT, 127), (Errno::ACCESS, 126)] {
+            let failure = not_started(OsStr::new("fly"), &errno.into());
+            assert_eq!(failure.exit_status(), status);
+            assert!(failure.to_string().contains("\"fly\""), "{failure}");
+        }
+    }
+
+    #[test]
     fn permission_names_the_owner_and_its_group() {
         let told = sentence(File::Freeze, "1", Errno::ACCESS);
         assert!(
@@ -325,8 +463,8 @@ mod tests {
 
     #[test]
     fn ids_without_a_name_stay_numbers() {
-        assert_eq!(name_of(0, "/etc/passwd"), "root");
-        assert_eq!(name_of(4_294_967_294, "/etc/passwd"), "4294967294");
+        assert_eq!(name_of(0, USERS), "root");
+        assert_eq!(user(4_294_967_294), "4294967294");
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 use thiserror::Error;
 
-/// Every failure ends the program with status 1, save a reader of the output
-/// that went away.
+/// A failure ends the program with [`Failure::exit_status`], save that a reader
+/// of the output may go away.
 #[derive(Debug, Error)]
 pub(crate) enum Failure {
     /// Standard output could not be written.
@@ -47,6 +47,24 @@ pub(crate) enum Failure {
         /// Targets that were named.
         all: usize,
     },
+    /// What came later failed when some processes had been changed.
+    #[error("{done} of the processes changed, then this failed")]
+    Partly {
+        /// Processes that were changed and stay so.
+        done: usize,
+        /// What failed.
+        #[source]
+        failure: Box<Failure>,
+    },
+    /// The command of `run` was not started.
+    #[error("{sentence}")]
+    NotStarted {
+        /// What a shell would end with: 127 for a command that was not found,
+        /// 126 for one that cannot be executed.
+        status: u8,
+        /// What was wrong.
+        sentence: String,
+    },
 }
 
 impl Failure {
@@ -66,7 +84,25 @@ impl Failure {
         match self {
             Self::File { errno, .. } | Self::Launch { errno, .. } => *errno,
             Self::Output(error) => Errno::from_io_error(error),
-            Self::NotServing(_) | Self::Wrong(_) | Self::Several { .. } => None,
+            Self::Partly { failure, .. } => failure.errno(),
+            Self::NotServing(_)
+            | Self::Wrong(_)
+            | Self::Several { .. }
+            | Self::NotStarted { .. } => None,
+        }
+    }
+
+    /// The program's exit status.
+    pub(crate) fn exit_status(&self) -> u8 {
+        match self {
+            Self::NotStarted { status, .. } => *status,
+            Self::Output(_)
+            | Self::NotServing(_)
+            | Self::Wrong(_)
+            | Self::File { .. }
+            | Self::Launch { .. }
+            | Self::Several { .. }
+            | Self::Partly { .. } => 1,
         }
     }
 }

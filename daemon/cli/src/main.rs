@@ -1,16 +1,21 @@
 //! `gcgroup`, the command line of gcgroupd.
 //!
 //! It speaks through the mounted control files only and has no privilege of
-//! its own: what the files allow the caller, it allows. The names of the files,
-//! their grammars and the flags of `launch` come from `gcgroup-model`.
+//! its own: what the files allow the caller, it allows. Which process descends
+//! from which it reads in /proc. The names of the files, their grammars and the
+//! flags of `launch` come from `gcgroup-model`.
 
 mod args;
 mod command;
 mod explain;
 mod failure;
 mod launch;
+mod list;
 mod output;
+mod proc;
 mod process;
+mod run;
+mod select;
 mod target;
 mod tree;
 
@@ -49,7 +54,7 @@ fn main() -> ExitCode {
             let _ = out.flush();
             // There is nowhere left to say that standard error is closed.
             let _ = output::failure(&failure, style, &mut io::stderr().lock());
-            ExitCode::FAILURE
+            ExitCode::from(failure.exit_status())
         }
     }
 }

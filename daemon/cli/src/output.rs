@@ -104,22 +104,39 @@ impl Table {
         self.rows.push(row);
     }
 
-    /// Prints the heading and the rows.
-    ///
-    /// # Errors
-    /// [`Failure::Output`].
-    pub(crate) fn print(&self, out: &mut dyn Write) -> Result<(), Failure> {
-        let widths: Vec<usize> = self
-            .columns
-            .iter()
-            .enumerate()
+    /// Characters of each column.
+    fn widths(&self) -> Vec<usize> {
+        let columns = self.columns.iter().enumerate();
+        columns
             .map(|(index, (heading, _))| {
                 let cells = self.rows.iter().filter_map(|row| row.get(index));
                 cells
                     .map(|cell| cell.chars().count())
                     .fold(heading.len(), usize::max)
             })
-            .collect();
+            .collect()
+    }
+
+    /// Clips the cells of one column so that a line has at most `width`
+    /// characters, or the column `least` where that is more.
+    pub(crate) fn fit(&mut self, column: usize, width: usize, least: usize) {
+        let widths = self.widths();
+        let line = widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1);
+        let most = widths
+            .get(column)
+            .map_or(0, |own| own.saturating_sub(line.saturating_sub(width)))
+            .max(least);
+        for cell in self.rows.iter_mut().filter_map(|row| row.get_mut(column)) {
+            *cell = clipped(cell, most);
+        }
+    }
+
+    /// Prints the heading and the rows.
+    ///
+    /// # Errors
+    /// [`Failure::Output`].
+    pub(crate) fn print(&self, out: &mut dyn Write) -> Result<(), Failure> {
+        let widths = self.widths();
         let heading: Vec<String> = self
             .columns
             .iter()
@@ -137,6 +154,37 @@ impl Table {
         }
         Ok(())
     }
+}
+
+/// At most `most` characters of a text, the last a plus sign where some are
+/// missing, as ps has it.
+pub(crate) fn clipped(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let kept = text.chars().take(most.saturating_sub(1));
+    kept.chain(std::iter::once('+')).collect()
+}
+
+/// Prints a sentence in lines of at most `width` characters, those behind the
+/// first indented.
+///
+/// # Errors
+/// [`Failure::Output`].
+pub(crate) fn wrapped(text: &str, width: usize, out: &mut dyn Write) -> Result<(), Failure> {
+    let mut now = String::new();
+    for word in text.split_whitespace() {
+        if !now.is_empty() && now.chars().count() + 1 + word.chars().count() > width {
+            line(&now, out)?;
+            now = format!("  {word}");
+        } else {
+            if !now.is_empty() {
+                now.push(' ');
+            }
+            now.push_str(word);
+        }
+    }
+    line(&now, out)
 }
 
 /// Bytes in the largest unit that leaves at least one, each 1024 of the one
@@ -169,6 +217,8 @@ enum Shape {
     KeyedNumbers,
     /// An object with a string for each line.
     KeyedText,
+    /// An array with a string for each line.
+    Lines,
     /// An array with an object for each line below the heading.
     Csv,
     /// JSON already.
@@ -204,6 +254,7 @@ fn shape(file: File) -> Shape {
             Shape::KeyedNumbers
         }
         File::GpuEnforcers | File::Enforcers => Shape::KeyedText,
+        File::Pending => Shape::Lines,
         File::WorkloadSamples => Shape::Csv,
         File::WorkloadSpec => Shape::Json,
     }
@@ -232,6 +283,7 @@ pub(crate) fn value(row: &Row, text: &str) -> Value {
                 .map(|(key, value)| (key.to_owned(), value.into()))
                 .collect(),
         )),
+        Shape::Lines => Some(text.lines().collect()),
         Shape::Csv => Some(csv(text)),
         Shape::Json => serde_json::from_str(text).ok(),
     };
@@ -284,6 +336,33 @@ mod tests {
     }
 
     #[test]
+    fn one_column_gives_way_to_the_others() {
+        let printed = |name: &str, width| {
+            let mut table = Table::new(&[("PID", Align::Right), ("NAME", Align::Left)]);
+            table.push(vec!["12345".into(), name.into()]);
+            table.fit(1, width, 4);
+            let mut out = Vec::new();
+            table.print(&mut out).expect("a vector takes everything");
+            let text = String::from_utf8(out).expect("text");
+            text.lines().last().unwrap_or_default().to_owned()
+        };
+        assert_eq!(printed("interference", 19), "12345  interference");
+        assert_eq!(printed("interference", 18), "12345  interferen+");
+        assert_eq!(printed("interference", 5), "12345  int+");
+        assert_eq!(printed("abcd", 5), "12345  abcd");
+    }
+
+    #[test]
+    fn long_sentences_are_broken_between_words() {
+        let mut out = Vec::new();
+        wrapped("channel: about 1 ms a stop", 14, &mut out).expect("a vector takes everything");
+        assert_eq!(
+            String::from_utf8(out).expect("text"),
+            "channel: about\n  1 ms a stop\n"
+        );
+    }
+
+    #[test]
     fn bytes_are_short_and_never_rounded_up() {
         for (count, expected) in [
             (0, "0"),
@@ -329,6 +408,12 @@ mod tests {
                 json!([{"seq": 0, "device_us": 458.5}]),
             ),
             (File::WorkloadSpec, "{\"gpu\":0}", json!({"gpu": 0})),
+            (File::Pending, "", json!([])),
+            (
+                File::Pending,
+                "12 a.b 3\n13 c 1",
+                json!(["12 a.b 3", "13 c 1"]),
+            ),
         ] {
             assert_eq!(value(file.row(), text), expected, "{}", file.name());
         }

@@ -1,194 +1,135 @@
-//! `ls`, `freeze`, `thaw` and `kill`.
+//! `freeze`, `thaw` and `kill`.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use gcgroup_model::File;
 use gcgroup_model::value::{FreezeSet, Switch};
-use gcgroup_model::{File, Place};
+use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
-use crate::output::{self, Align, Style, Table};
+use crate::output::{self, Style};
+use crate::select::Selection;
 use crate::target::Target;
-use crate::tree::{EntryId, Tree, below};
+use crate::tree::{EntryId, Tree};
 
-/// Keys of the counters that `ls` shows; a test holds them against the model.
-const KERNELS: &str = "nr_ended_kernels";
-const SMS: &str = "sm_count";
-const USAGE: &str = "usage_usec";
+/// Times that a tree or a control group is listed before it counts as one that
+/// does not come to rest. A program that starts workers while it is frozen has
+/// started them by the second.
+const ROUNDS: usize = 5;
 
-/// How much `ls` shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Width {
-    /// What fits beside the settings.
-    Short,
-    /// The user, the control group and the GPU time too.
-    Long,
-}
-
-/// Lists every process on each of its GPUs. One that ends meanwhile is left out.
+/// Freezes or thaws. One entry is written to its own file; everything else to
+/// the file that takes several processes in one step.
 ///
 /// # Errors
-/// When the tree cannot be read or the output cannot be written.
-pub(crate) fn list(
-    tree: &Tree,
-    width: Width,
-    style: Style,
-    out: &mut dyn Write,
-) -> Result<(), Failure> {
-    let names = tree.workloads()?;
-    let mut documents = Vec::new();
-    for id in tree.entries()? {
-        if let Some(document) = describe(tree, id, names.get(&id))? {
-            documents.push(document);
-        }
-    }
-    if style == Style::Json {
-        return output::json(&Value::from(documents), out);
-    }
-    let mut columns = vec![
-        ("PID", Align::Right),
-        ("GPU", Align::Right),
-        ("NAME", Align::Left),
-        ("PARTITION", Align::Left),
-        ("SMS", Align::Right),
-        ("PRIORITY", Align::Right),
-        ("FROZEN", Align::Right),
-        ("MAX", Align::Left),
-        ("MEMORY", Align::Right),
-        ("KERNELS", Align::Right),
-    ];
-    if width == Width::Long {
-        columns.extend([
-            ("UID", Align::Right),
-            ("USAGE_USEC", Align::Right),
-            ("CGROUP", Align::Left),
-        ]);
-    }
-    let mut table = Table::new(&columns);
-    for document in &documents {
-        table.push(cells(document, width));
-    }
-    table.print(out)
-}
-
-/// Everything about an entry under stable keys; null where its file has no such
-/// figure.
-fn describe(tree: &Tree, id: EntryId, name: Option<&String>) -> Result<Option<Value>, Failure> {
-    let process = below(Place::Process, &[&id.pid.to_string()]);
-    let entry = id.directory();
-    let content = |directory: &Path, file: File| -> Result<Value, Failure> {
-        let text = tree.read_if_there(directory, file.row())?;
-        Ok(text.map_or(Value::Null, |text| output::value(file.row(), &text)))
-    };
-    let events = content(&entry, File::Events)?;
-    if events.is_null() {
-        return Ok(None);
-    }
-    let stat = content(&entry, File::Stat)?;
-    Ok(Some(json!({
-        "pid": id.pid,
-        "gpu": id.gpu,
-        "name": name,
-        "comm": content(&process, File::Comm)?,
-        "uid": content(&process, File::Uid)?,
-        "cgroup": content(&process, File::Cgroup)?,
-        "partition": content(&entry, File::Partition)?,
-        "sm_count": stat[SMS],
-        "priority": content(&entry, File::Priority)?,
-        "frozen": content(&entry, File::Freeze)?,
-        "max": content(&entry, File::Max)?,
-        "memory_current": content(&entry, File::MemoryCurrent)?,
-        "memory_peak": content(&entry, File::MemoryPeak)?,
-        "nr_ended_kernels": stat[KERNELS],
-        "usage_usec": stat[USAGE],
-        "events": events,
-    })))
-}
-
-/// The cells of a line, a dash for what is not known.
-fn cells(document: &Value, width: Width) -> Vec<String> {
-    let cell = |key: &str| match &document[key] {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let name = if document["name"].is_null() {
-        "comm"
-    } else {
-        "name"
-    };
-    // A blank would make two columns of it for awk and sort.
-    let max = match cell("max") {
-        max if max.starts_with("max") => "max".to_owned(),
-        quota => quota.replace(' ', "/"),
-    };
-    let memory = match document["memory_current"].as_u64() {
-        Some(count) => output::bytes(count),
-        None => "-".to_owned(),
-    };
-    let mut cells = vec![
-        cell("pid"),
-        cell("gpu"),
-        cell(name).replace(char::is_whitespace, "_"),
-        cell("partition"),
-        cell("sm_count"),
-        cell("priority"),
-        cell("frozen"),
-        max,
-        memory,
-        cell("nr_ended_kernels"),
-    ];
-    if width == Width::Long {
-        cells.extend([cell("uid"), cell("usage_usec"), cell("cgroup")]);
-    }
-    cells
-}
-
-/// Freezes or thaws. One entry is written to its own file; several processes,
-/// or one on several GPUs, to the file that takes them in one step.
-///
-/// # Errors
-/// When a target does not exist or the service refuses; then none has changed.
+/// When a target does not exist, nothing is selected or the service refuses;
+/// then none has changed. [`Failure::Partly`] when that befell processes that
+/// appeared after the first step.
 pub(crate) fn freeze(
     tree: &Tree,
-    targets: &[String],
+    selection: &Selection,
     state: Switch,
     style: Style,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let found = targets
-        .iter()
-        .map(|text| process(tree, text))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut pids: Vec<u32> = Vec::new();
-    for (pid, _) in &found {
-        if !pids.contains(pid) {
-            pids.push(*pid);
-        }
-    }
-    match found.as_slice() {
-        [(_, Gpus::Some(entry))] => {
-            tree.write(&entry.directory(), File::Freeze.row(), &state.to_string())?;
-        }
-        _ => {
-            for (pid, gpus) in &found {
-                whole(tree, *pid, *gpus)?;
-            }
-            let set = FreezeSet {
-                state,
-                pids: pids.clone(),
-            };
-            tree.write(Path::new(""), File::FreezeMany.row(), &set.to_string())?;
-        }
-    }
+    let alone = match (selection.target.as_slice(), selection.grows()) {
+        ([text], false) => match process(tree, text)? {
+            (_, Gpus::Some(entry)) => Some(entry),
+            (_, Gpus::All { .. }) => None,
+        },
+        _ => None,
+    };
+    let pids = if let Some(entry) = alone {
+        tree.write(&entry.directory(), File::Freeze.row(), &state.to_string())?;
+        vec![entry.pid]
+    } else {
+        settle(
+            |done| {
+                if done.is_empty() {
+                    let mut pids = named(tree, &selection.target)?;
+                    pids.extend(selection.first(tree)?);
+                    Ok(pids)
+                } else {
+                    selection.later(tree)
+                }
+            },
+            |pids| {
+                let set = FreezeSet { state, pids };
+                tree.write(Path::new(""), File::FreezeMany.row(), &set.to_string())
+            },
+        )?
+    };
     match style {
+        Style::Text if selection.grows() => {
+            let done = if state.is_on() { "froze" } else { "thawed" };
+            output::line(&format!("{done} {}", counted(pids.len())), out)
+        }
         Style::Text => Ok(()),
         Style::Json => output::json(
             &json!({"frozen": u8::from(state.is_on()), "pids": pids}),
             out,
         ),
     }
+}
+
+fn counted(processes: usize) -> String {
+    match processes {
+        1 => "1 process".to_owned(),
+        several => format!("{several} processes"),
+    }
+}
+
+/// Pids of the processes that were named, which the step for several takes whole.
+fn named(tree: &Tree, targets: &[String]) -> Result<Vec<u32>, Failure> {
+    let mut pids = Vec::new();
+    for text in targets {
+        let (pid, gpus) = process(tree, text)?;
+        whole(tree, pid, gpus)?;
+        pids.push(pid);
+    }
+    Ok(pids)
+}
+
+/// Lists processes, writes those that are new, and lists again until nothing is
+/// new. `list` is given what has been written; pids that it repeats do no harm.
+fn settle(
+    mut list: impl FnMut(&[u32]) -> Result<Vec<u32>, Failure>,
+    mut write: impl FnMut(Vec<u32>) -> Result<(), Failure>,
+) -> Result<Vec<u32>, Failure> {
+    let mut done: Vec<u32> = Vec::new();
+    let partly = |done: &[u32], failure: Failure| match done.len() {
+        0 => failure,
+        done => Failure::Partly {
+            done,
+            failure: Box::new(failure),
+        },
+    };
+    let mut ended = None;
+    for _ in 0..ROUNDS {
+        let mut new: Vec<u32> = Vec::new();
+        for pid in list(&done).map_err(|failure| partly(&done, failure))? {
+            if !done.contains(&pid) && !new.contains(&pid) {
+                new.push(pid);
+            }
+        }
+        if new.is_empty() {
+            return Ok(done);
+        }
+        match write(new.clone()) {
+            Ok(()) => {
+                done.extend(new);
+                ended = None;
+            }
+            // One ended since it was listed, and so the others were left alone.
+            Err(failure) if failure.errno() == Some(Errno::SRCH) => ended = Some(failure),
+            Err(failure) => return Err(partly(&done, failure)),
+        }
+    }
+    let restless = || {
+        Failure::Wrong("new processes keep appearing; repeat the command to reach them".to_owned())
+    };
+    Err(partly(&done, ended.unwrap_or_else(restless)))
 }
 
 /// Ends each target. A failure does not keep the others from being ended.
@@ -287,48 +228,82 @@ fn whole(tree: &Tree, pid: u32, gpus: Gpus) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use gcgroup_model::snapshot::Stat;
+    use std::collections::VecDeque;
 
-    #[test]
-    fn the_counters_shown_are_counters_of_the_model() {
-        let stat = Stat {
-            submitted: Some(1),
-            ended: Some(1),
-            usage_usec: Some(1),
-            sm_count: Some(1),
-            ..Stat::default()
-        };
-        let keys: Vec<_> = stat.lines().map(|(key, _)| key).collect();
-        for key in [KERNELS, SMS, USAGE] {
-            assert!(keys.contains(&key), "{key} is not in {keys:?}");
-        }
+    /// What `settle` writes, and how it ends, where each listing and each write
+    /// gives the next of these.
+    fn settled(
+        listings: &[&[u32]],
+        writes: &[Result<(), Errno>],
+    ) -> (Vec<Vec<u32>>, Result<Vec<u32>, Failure>) {
+        let mut listings: VecDeque<_> = listings.iter().map(|pids| pids.to_vec()).collect();
+        let mut writes: VecDeque<_> = writes.iter().copied().collect();
+        let mut written = Vec::new();
+        let outcome = settle(
+            |_| {
+                Ok(listings
+                    .pop_front()
+                    .expect("no more listings than expected"))
+            },
+            |pids| {
+                written.push(pids);
+                let errno = writes.pop_front().unwrap_or(Ok(()));
+                errno.map_err(|errno| Failure::File {
+                    path: PathBuf::new(),
+                    errno: Some(errno),
+                    sentence: "refused".into(),
+                })
+            },
+        );
+        (written, outcome)
     }
 
     #[test]
-    fn a_line_has_a_cell_for_each_column_and_no_blanks() {
-        let document = json!({
-            "pid": 12, "gpu": 0, "name": null, "comm": "my app", "partition": "a",
-            "sm_count": 64, "priority": 8, "frozen": 1, "max": "20000 100000",
-            "memory_current": 1 << 30, "nr_ended_kernels": null,
-            "uid": 1000, "usage_usec": 5, "cgroup": "/user.slice",
-        });
-        assert_eq!(
-            cells(&document, Width::Long),
-            [
-                "12",
-                "0",
-                "my_app",
-                "a",
-                "64",
-                "8",
-                "1",
-                "20000/100000",
-                "1.0G",
-                "-",
-                "1000",
-                "5",
-                "/user.slice"
-            ]
-        );
+    fn what_appears_meanwhile_is_written_until_nothing_is_new() {
+        let (written, outcome) = settled(&[&[1, 2], &[1, 2, 3], &[3, 2]], &[]);
+        assert_eq!(written, [vec![1, 2], vec![3]]);
+        assert_eq!(outcome.expect("it comes to rest"), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_process_named_twice_is_written_once() {
+        let (written, outcome) = settled(&[&[7, 5, 7], &[]], &[]);
+        assert_eq!(written, [[7, 5]]);
+        assert_eq!(outcome.expect("it comes to rest"), [7, 5]);
+    }
+
+    #[test]
+    fn one_that_ends_between_listing_and_write_is_left_out() {
+        let (written, outcome) = settled(&[&[1, 2], &[2], &[2]], &[Err(Errno::SRCH)]);
+        assert_eq!(written, [vec![1, 2], vec![2]]);
+        assert_eq!(outcome.expect("it comes to rest"), [2]);
+        // One that is listed for good and never there is not waited for.
+        let (written, outcome) = settled(&[&[1][..]; ROUNDS], &[Err(Errno::SRCH); ROUNDS]);
+        assert_eq!(written.len(), ROUNDS);
+        let failure = outcome.expect_err("it was never written");
+        assert_eq!(failure.errno(), Some(Errno::SRCH));
+        assert!(!matches!(failure, Failure::Partly { .. }), "{failure:?}");
+    }
+
+    #[test]
+    fn a_refusal_changes_none_or_says_how_many() {
+        let (written, outcome) = settled(&[&[1, 2]], &[Err(Errno::OPNOTSUPP)]);
+        assert_eq!(written.len(), 1);
+        assert!(matches!(outcome, Err(Failure::File { .. })), "{outcome:?}");
+        let (_, outcome) = settled(&[&[1, 2], &[3]], &[Ok(()), Err(Errno::OPNOTSUPP)]);
+        let failure = outcome.expect_err("the second write failed");
+        assert_eq!(failure.errno(), Some(Errno::OPNOTSUPP));
+        assert!(failure.to_string().starts_with("2 of "), "{failure}");
+    }
+
+    #[test]
+    fn what_never_comes_to_rest_is_told() {
+        let listings: Vec<Vec<u32>> = (1..=5).map(|pid| vec![pid]).collect();
+        let listings: Vec<&[u32]> = listings.iter().map(Vec::as_slice).collect();
+        assert_eq!(listings.len(), ROUNDS);
+        let (written, outcome) = settled(&listings, &[]);
+        assert_eq!(written.len(), ROUNDS);
+        let failure = outcome.expect_err("something was new each time");
+        assert!(failure.to_string().starts_with("5 of "), "{failure}");
     }
 }

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use gcgroup_model::{Place, Row, row};
+use gcgroup_model::{File, Place, Row, row};
 
 use crate::failure::Failure;
+use crate::proc;
 use crate::tree::{EntryId, Tree, WORKLOADS, below};
 
 /// A directory of the tree that exists.
@@ -63,7 +64,14 @@ impl Target {
             [WORKLOADS, name] | [name] => tree.workload(name).map(Self::Entry),
             _ => None,
         };
-        found.ok_or_else(|| Failure::Wrong(unknown(tree, text)))
+        found.ok_or_else(|| {
+            let pid = match parts.as_slice() {
+                [first, pid, ..] if Some(*first) == head(Place::Process) => number(pid),
+                [pid, ..] => number(pid),
+                [] => None,
+            };
+            Failure::Wrong(pid.map_or_else(|| unknown(tree, text), |pid| absent(tree, pid, text)))
+        })
     }
 
     fn process(tree: &Tree, pid: &str) -> Result<Option<Self>, Failure> {
@@ -174,6 +182,30 @@ fn number(text: &str) -> Option<u32> {
 /// First component of a place's path.
 fn head(place: Place) -> Option<&'static str> {
     place.pattern().split('/').next()
+}
+
+/// Why a process has not the directory that was named.
+fn absent(tree: &Tree, pid: u32, text: &str) -> String {
+    let gpus = tree.gpus_of(pid).unwrap_or_default();
+    if !gpus.is_empty() {
+        let choices: Vec<_> = gpus.iter().map(|gpu| format!("{pid}/{gpu}")).collect();
+        return format!(
+            "there is no {text:?}; process {pid} has {}",
+            choices.join(", ")
+        );
+    }
+    match proc::thread_group(pid) {
+        None => format!("there is no process {pid}"),
+        Some(process) if process != pid => {
+            format!("{pid} is a thread of process {process}; name that")
+        }
+        Some(_) => format!(
+            "process {pid} has no GPU context that gcgroupd knows of, so it has no control files; \
+             a setting waits for its first one after: gcgroup set / {} {pid} {} 12",
+            File::Pending.name(),
+            File::Priority.name()
+        ),
+    }
 }
 
 fn unknown(tree: &Tree, text: &str) -> String {

@@ -1,36 +1,46 @@
-//! Control of another process's channel groups, without its help.
+//! Control of another process's channels, without its help.
 //!
 //! RM accepts a call on a client only on the open file that made the client.
 //! pidfd_getfd(2) gives a duplicate of just that file to who may trace the
 //! process. A duplicate pins the process's GPU memory past its death, so each
-//! operation here takes one, uses it and drops it before it returns.
+//! operation here takes one, uses it and drops it before it returns. It is needed
+//! to look a process's objects up and for its timeslices; stops and resumes go
+//! through clients of the service's own.
 //!
-//! The handle of the client has to be guessed, and each wrong guess is a line
-//! in the kernel's log. The host-wide counter behind the handles is read before
-//! the process opens the GPU and again for the search, so the guesses are few;
-//! what was found is remembered. A wrong guess changes nothing.
+//! The handle of a client is not known beforehand, and a call on one that does not
+//! exist is a line in the kernel's log. `census` finds out silently which exist,
+//! for processes that were there before the service too, and `search` tries those
+//! on the descriptors of the process. Reading candidates from the memory of the
+//! process, and marks at each change of the list of processes, were considered and
+//! are not needed: they would make wrong guesses few, where this makes none.
+//!
+//! What is read in the driver's sources and was not run on a GPU: the silent
+//! question (it checks itself before it is used), which GPU a device is, and what
+//! the firmware does with a list of channels of which some are gone.
 
+mod census;
 pub(crate) mod find;
-mod layout;
+mod known;
+pub(crate) mod layout;
+mod pace;
+mod reach;
 mod rm;
+pub(crate) mod search;
+mod stop;
+mod uuid;
 
-use std::collections::HashMap;
-use std::fs;
 use std::ops::RangeInclusive;
-use std::os::fd::RawFd;
 
-use gcgroup_device::{ChannelGroups, ClientMark, DeviceError, Timeslices};
-use parking_lot::Mutex;
-use rustix::io::Errno;
-use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+use gcgroup_device::{ChannelSet, ClientMark, DeviceError, GpuInfo, Handle, Search, Timeslices};
 
 use self::find::Object;
-use self::layout::Layout;
-use self::rm::{Ask, Control, RmError, Status, is_control_device};
-use crate::process::{self, Process};
-
-/// Lines that one search may cause in the kernel's log.
-const GUESSES_MAX: usize = 64;
+use self::known::KnownClient;
+use self::layout::{Layout, Unknown};
+use self::reach::open_process;
+use self::rm::{Control, RmError};
+use self::search::{Lookup, LookupCost};
+use self::stop::{Minor, Stations, parse_uuid};
+use self::uuid::Uuid;
 
 /// Timeslices that are set, in microseconds: those of compute.priority, 15
 /// to 0. From 16 on they were measured on an H200; 0 is the driver's to define.
@@ -39,31 +49,16 @@ const TIMESLICE_USEC: RangeInclusive<u64> = 16..=524_288;
 #[derive(Debug)]
 pub(crate) struct DriverChannels {
     layout: Result<Layout, DeviceError>,
-    /// Where the client of a process was found last, by pid and start time.
-    /// Locked for a lookup only, never during a call to the driver.
-    known: Mutex<HashMap<(u32, u64), Place>>,
-}
-
-/// Where a client lives in its process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    /// Number of the descriptor in that process.
-    fd: RawFd,
-    /// Handle of the client.
-    client: u32,
-}
-
-/// A found client and its objects.
-struct Found {
-    place: Place,
-    objects: Vec<Object>,
+    lookup: Lookup,
+    stations: Stations,
 }
 
 impl DriverChannels {
-    pub(crate) fn new(driver_version: &str) -> Self {
+    pub(crate) fn new(driver_version: &str, unknown: Unknown) -> Self {
         Self {
-            layout: Layout::of_driver(driver_version),
-            known: Mutex::default(),
+            layout: Layout::of_driver(driver_version, unknown),
+            lookup: Lookup::default(),
+            stations: Stations::default(),
         }
     }
 
@@ -71,46 +66,63 @@ impl DriverChannels {
         self.layout.as_ref().map_err(Clone::clone)
     }
 
+    pub(crate) fn cost(&self) -> LookupCost {
+        self.lookup.cost()
+    }
+
     pub(crate) fn mark(&self) -> Result<ClientMark, DeviceError> {
-        self.layout()?;
-        let control = Control::open().map_err(|error| match error {
-            RmError::Os(Errno::NOENT | Errno::NODEV | Errno::NXIO | Errno::IO) => {
-                DeviceError::NoDriver("/dev/nvidiactl does not open".to_owned())
-            }
-            other => other.of("opening /dev/nvidiactl"),
-        })?;
-        let handle = control
-            .next_client_handle()
-            .map_err(|error| error.of("allocating a driver client"))?;
-        Ok(ClientMark(handle))
+        let counter = self.lookup.census.counter(self.layout()?)?;
+        Ok(ClientMark(counter))
     }
 
-    pub(crate) fn find(&self, pid: u32, mark: ClientMark) -> Result<ChannelGroups, DeviceError> {
-        let found = self.search(pid, mark)?;
-        let groups = find::compute_groups(&found.objects);
-        if groups.is_empty() {
-            return Err(find::none_found(pid, &found.objects));
-        }
-        Ok(ChannelGroups {
-            pid,
-            client: found.place.client,
-            groups,
-        })
-    }
-
-    pub(crate) fn inventory(&self, pid: u32, mark: ClientMark) -> Result<Vec<Object>, DeviceError> {
-        Ok(self.search(pid, mark)?.objects)
-    }
-
-    pub(crate) fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError> {
+    pub(crate) fn list(
+        &self,
+        pid: u32,
+        gpu: &GpuInfo,
+        search: Search,
+    ) -> Result<ChannelSet, DeviceError> {
         let layout = self.layout()?;
-        let control = self.control_of(layout, groups)?;
-        read_timeslices(layout, &control, groups)
+        let process = open_process(pid)?;
+        let clients = self.lookup.clients(layout, &process, gpu, search)?;
+        let set = set_on(pid, &clients, parse_uuid(gpu)?);
+        if set.is_empty() {
+            // The dead have none either.
+            if process.has_ended() {
+                return Err(DeviceError::NoProcess(pid));
+            }
+            return Err(DeviceError::NoContext(format!(
+                "process {pid} has no channels on GPU {}",
+                gpu.index
+            )));
+        }
+        if set.groups.is_empty() {
+            let objects = clients.iter().flat_map(|client| &client.objects);
+            return Err(find::none_found(pid, gpu.index, objects));
+        }
+        Ok(set)
+    }
+
+    pub(crate) fn inventory(
+        &self,
+        pid: u32,
+        gpu: &GpuInfo,
+        search: Search,
+    ) -> Result<Vec<(u32, Object)>, DeviceError> {
+        let layout = self.layout()?;
+        let process = open_process(pid)?;
+        let clients = self.lookup.clients(layout, &process, gpu, search)?;
+        self.lookup.inventory(layout, &process, &clients)
+    }
+
+    pub(crate) fn timeslices(&self, set: &ChannelSet) -> Result<Timeslices, DeviceError> {
+        let layout = self.layout()?;
+        let reached = self.reach(layout, set)?;
+        read_timeslices(layout, &reached, &set.groups)
     }
 
     pub(crate) fn set_timeslice(
         &self,
-        groups: &ChannelGroups,
+        set: &ChannelSet,
         usec: u64,
     ) -> Result<Timeslices, DeviceError> {
         let layout = self.layout()?;
@@ -121,217 +133,100 @@ impl DriverChannels {
                 TIMESLICE_USEC.end()
             )));
         }
-        let control = self.control_of(layout, groups)?;
-        let before = read_timeslices(layout, &control, groups)?;
-        let outcome = set_timeslices(layout, &control, groups, usec);
+        let reached = self.reach(layout, set)?;
+        let before = read_timeslices(layout, &reached, &set.groups)?;
+        let outcome = set_timeslices(layout, &reached, &set.groups, usec);
         if outcome.is_err() {
             // A change that failed has changed nothing, as far as that can be had.
-            for (group, usec) in groups.groups.iter().zip(before.usec) {
-                let back = control.set_timeslice(layout, groups.client, *group, usec);
+            for (group, usec) in set.groups.iter().zip(before.usec) {
+                let back = reached.of(*group);
+                let back = back.and_then(|control| control.set_timeslice(layout, *group, usec));
                 if let Err(error) = back.map_err(|error| error.of("putting a timeslice back")) {
-                    tracing::warn!(pid = groups.pid, %error, "a timeslice is not what it was");
+                    tracing::warn!(pid = set.pid, %error, "a timeslice is not what it was");
                 }
             }
         }
         outcome
     }
 
-    /// The client of a process that has compute groups, else one without any.
-    fn search(&self, pid: u32, mark: ClientMark) -> Result<Found, DeviceError> {
-        let layout = self.layout()?;
-        let process = open_process(pid)?;
-        let descriptors = control_descriptors(pid)?;
-        if let Some(found) = self.search_known(layout, &process) {
-            return Ok(found);
-        }
-        let opened = layout
-            .clients_between(mark.0, self.mark()?.0)
-            .saturating_sub(1);
-        let guesses = descriptors.len().saturating_mul(opened as usize);
-        if guesses > GUESSES_MAX {
-            return Err(DeviceError::Failed(format!(
-                "{opened} driver clients were opened since the mark; with {} descriptors that is more than the {GUESSES_MAX} guesses that a search may cost",
-                descriptors.len()
-            )));
-        }
-        let mut without_groups = None;
-        for fd in descriptors {
-            let Some(control) = duplicate(&process, fd)? else {
-                continue;
-            };
-            for step in 1..=opened {
-                let client = layout.client_after(mark.0, step);
-                if !owns(&control, layout, client)? {
-                    continue;
-                }
-                let objects = find::objects(&control, layout, client)
-                    .map_err(|error| error.of("listing the driver objects"))?;
-                let place = Place { fd, client };
-                let found = Found { place, objects };
-                if !find::compute_groups(&found.objects).is_empty() {
-                    self.remember(&process, place);
-                    return Ok(found);
-                }
-                without_groups.get_or_insert(found);
-            }
-        }
-        without_groups.ok_or_else(|| {
-            DeviceError::Failed(format!(
-                "process {pid} owns none of the {opened} driver clients opened since the mark"
-            ))
-        })
+    pub(crate) fn stop(
+        &self,
+        gpu: &GpuInfo,
+        minor: Minor<'_>,
+        sets: &[ChannelSet],
+    ) -> Result<(), DeviceError> {
+        self.stations.stop(self.layout()?, gpu, minor, sets)
     }
 
-    /// Looks again where the client was found before: a context made since, or
-    /// a setting to be applied again, costs no guess. After a checkpoint and
-    /// restore the client is a new one, and the place is forgotten.
-    fn search_known(&self, layout: &Layout, process: &Process) -> Option<Found> {
-        let place = self.place_of(process)?;
-        let control = duplicate(process, place.fd).ok().flatten();
-        let objects = control.and_then(|control| {
-            find::objects(&control, layout, place.client)
-                .ok()
-                .filter(|objects| !find::compute_groups(objects).is_empty())
-        });
-        if objects.is_none() {
-            self.known.lock().remove(&key_of(process));
-        }
-        Some(Found {
-            place,
-            objects: objects?,
-        })
+    pub(crate) fn resume(
+        &self,
+        gpu: &GpuInfo,
+        minor: Minor<'_>,
+        sets: &[ChannelSet],
+    ) -> Result<(), DeviceError> {
+        self.stations.resume(self.layout()?, gpu, minor, sets)
     }
 
-    /// The descriptor on which the client of these groups was opened.
-    fn control_of(&self, layout: &Layout, groups: &ChannelGroups) -> Result<Control, DeviceError> {
-        let process = open_process(groups.pid)?;
-        let known = self.place_of(&process).map(|place| place.fd);
-        // The known one first: the wrong one costs a line in the kernel's log.
-        let others = control_descriptors(groups.pid)?;
-        let others = others.into_iter().filter(|fd| Some(*fd) != known);
-        for fd in known.into_iter().chain(others).take(GUESSES_MAX) {
-            let Some(control) = duplicate(&process, fd)? else {
-                continue;
-            };
-            let client = groups.client;
-            if owns(&control, layout, client)? {
-                self.remember(&process, Place { fd, client });
-                return Ok(control);
-            }
-        }
-        Err(DeviceError::Failed(format!(
-            "process {} has no driver client {:#x} any more",
-            groups.pid, groups.client
-        )))
+    /// The descriptors for the clients of these groups.
+    fn reach(&self, layout: &Layout, set: &ChannelSet) -> Result<Reached, DeviceError> {
+        let process = open_process(set.pid)?;
+        let mut clients: Vec<u32> = set.groups.iter().map(|group| group.client).collect();
+        clients.sort_unstable();
+        clients.dedup();
+        let controls = self.lookup.controls_of(layout, &process, &clients)?;
+        Ok(Reached(clients.into_iter().zip(controls).collect()))
     }
+}
 
-    fn place_of(&self, process: &Process) -> Option<Place> {
-        self.known.lock().get(&key_of(process)).copied()
+/// Duplicated descriptors, each with a client that was opened on it. Dropped with
+/// the operation.
+struct Reached(Vec<(u32, Control)>);
+
+impl Reached {
+    fn of(&self, handle: Handle) -> Result<&Control, RmError> {
+        let found = self.0.iter().find(|(client, _)| *client == handle.client);
+        let gone = RmError::Rm(rm::Status::InvalidClient);
+        found.map(|(_, control)| control).ok_or(gone)
     }
+}
 
-    fn remember(&self, process: &Process, place: Place) {
-        let ended: Vec<(u32, u64)> = {
-            let mut known = self.known.lock();
-            if known.insert(key_of(process), place).is_some() {
-                return;
-            }
-            known.keys().copied().collect()
+/// What the clients of a process have on one GPU.
+fn set_on(pid: u32, clients: &[KnownClient], gpu: Uuid) -> ChannelSet {
+    let mut set = ChannelSet {
+        pid,
+        ..ChannelSet::default()
+    };
+    for known in clients {
+        let client = known.place.client;
+        let here = |handles: Vec<u32>| {
+            let here = handles
+                .into_iter()
+                .filter(|handle| known.is_on(*handle, gpu));
+            here.map(|object| Handle { client, object })
+                .collect::<Vec<_>>()
         };
-        // New processes are rare, so the dead can be swept out with each.
-        let ended = ended
-            .into_iter()
-            .filter(|(pid, start_time)| process::start_time(*pid) != Some(*start_time));
-        let ended: Vec<_> = ended.collect();
-        self.known.lock().retain(|key, _| !ended.contains(key));
+        set.groups.extend(here(known.tree().compute_groups()));
+        set.channels.extend(here(known.tree().channels()));
     }
-}
-
-fn key_of(process: &Process) -> (u32, u64) {
-    (process.pid(), process.start_time())
-}
-
-fn open_process(pid: u32) -> Result<Process, DeviceError> {
-    Process::open(pid).map_err(|errno| match errno {
-        Errno::SRCH => DeviceError::NoProcess(pid),
-        // A thread's id, which names no process.
-        Errno::INVAL | Errno::NOENT => DeviceError::NoProcess(pid),
-        other => DeviceError::Failed(format!("opening process {pid}: {other}")),
-    })
-}
-
-/// Numbers of the descriptors of /dev/nvidiactl in a process, lowest first.
-fn control_descriptors(pid: u32) -> Result<Vec<RawFd>, DeviceError> {
-    let directory = format!("/proc/{pid}/fd");
-    let entries = fs::read_dir(&directory).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => DeviceError::NoProcess(pid),
-        std::io::ErrorKind::PermissionDenied => {
-            DeviceError::Denied(format!("reading the descriptors of process {pid}"))
-        }
-        _ => DeviceError::Failed(format!("reading {directory}: {error}")),
-    })?;
-    let mut descriptors: Vec<RawFd> = entries
-        .flatten()
-        .filter(|entry| {
-            // Through the link: the path that it shows belongs to the mount
-            // namespace of that process, the device behind it to all.
-            rustix::fs::stat(entry.path()).is_ok_and(|stat| is_control_device(&stat))
-        })
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
-    descriptors.sort_unstable();
-    if descriptors.is_empty() {
-        return Err(DeviceError::Failed(format!(
-            "process {pid} has not opened the driver"
-        )));
-    }
-    Ok(descriptors)
-}
-
-/// A duplicate of a descriptor of that process, to be dropped before the
-/// operation returns; `None` when it was closed meanwhile.
-fn duplicate(process: &Process, fd: RawFd) -> Result<Option<Control>, DeviceError> {
-    match pidfd_getfd(process, fd, PidfdGetfdFlags::empty()) {
-        Ok(file) => Ok(Control::from_duplicate(file)),
-        Err(Errno::BADF) => Ok(None),
-        Err(Errno::SRCH) => Err(DeviceError::NoProcess(process.pid())),
-        Err(Errno::PERM | Errno::ACCESS) => Err(DeviceError::Denied(format!(
-            "taking a descriptor of process {}, which needs CAP_SYS_PTRACE",
-            process.pid()
-        ))),
-        Err(Errno::NOSYS) => Err(DeviceError::Unsupported(
-            "pidfd_getfd needs Linux 5.6".to_owned(),
-        )),
-        Err(errno) => Err(DeviceError::Failed(format!(
-            "taking a descriptor of process {}: {errno}",
-            process.pid()
-        ))),
-    }
-}
-
-/// Whether a client was opened on this descriptor.
-fn owns(control: &Control, layout: &Layout, client: u32) -> Result<bool, DeviceError> {
-    match control.handle_info(layout, client, client, Ask::Class) {
-        Ok(_) => Ok(true),
-        // Mostly NV_ERR_INVALID_CLIENT. A stranger's client that is just being
-        // made or freed answers otherwise, and must not end the search.
-        Err(RmError::Rm(status)) if status != Status::Denied => Ok(false),
-        Err(error) => Err(error.of("looking for the driver client")),
-    }
+    set.groups.sort_unstable();
+    set.channels.sort_unstable();
+    set
 }
 
 /// Sets the timeslice of each group and reads it back.
 fn set_timeslices(
     layout: &Layout,
-    control: &Control,
-    groups: &ChannelGroups,
+    reached: &Reached,
+    groups: &[Handle],
     usec: u64,
 ) -> Result<Timeslices, DeviceError> {
-    for group in &groups.groups {
-        control
-            .set_timeslice(layout, groups.client, *group, usec)
+    for group in groups {
+        reached
+            .of(*group)
+            .and_then(|control| control.set_timeslice(layout, *group, usec))
             .map_err(|error| error.of("setting a timeslice"))?;
     }
-    let timeslices = read_timeslices(layout, control, groups)?;
+    let timeslices = read_timeslices(layout, reached, groups)?;
     if timeslices.usec.iter().any(|read| *read != usec) {
         return Err(DeviceError::Failed(format!(
             "a timeslice of {usec} us was read back as {:?} us",
@@ -343,113 +238,14 @@ fn set_timeslices(
 
 fn read_timeslices(
     layout: &Layout,
-    control: &Control,
-    groups: &ChannelGroups,
+    reached: &Reached,
+    groups: &[Handle],
 ) -> Result<Timeslices, DeviceError> {
-    let read = |group: &u32| control.timeslice(layout, groups.client, *group);
-    let usec: Result<Vec<u64>, RmError> = groups.groups.iter().map(read).collect();
+    let read = |group: &Handle| reached.of(*group)?.timeslice(layout, *group);
+    let usec: Result<Vec<u64>, RmError> = groups.iter().map(read).collect();
     let usec = usec.map_err(|error| error.of("reading a timeslice"))?;
     Ok(Timeslices { usec })
 }
 
 #[cfg(test)]
-mod tests {
-    use std::process::Command;
-
-    use super::*;
-
-    fn channels() -> DriverChannels {
-        DriverChannels::new("580.159.04")
-    }
-
-    #[test]
-    fn a_dead_process_is_no_process() {
-        let mut child = Command::new("true").spawn().expect("true is everywhere");
-        let pid = child.id();
-        child.wait().expect("it is our child");
-        let error = channels().find(pid, ClientMark(0xc1d0_0000));
-        assert_eq!(error, Err(DeviceError::NoProcess(pid)));
-        let groups = ChannelGroups {
-            pid,
-            client: 0xc1d0_0001,
-            groups: vec![0x5c00_0010],
-        };
-        let error = channels().timeslices(&groups);
-        assert_eq!(error, Err(DeviceError::NoProcess(pid)));
-    }
-
-    #[test]
-    fn a_process_without_the_driver_has_no_groups() {
-        let mut child = Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .expect("sleep is everywhere");
-        let error = channels().find(child.id(), ClientMark(0xc1d0_0000));
-        child.kill().expect("it is our child");
-        child.wait().expect("it is our child");
-        let expected = format!("process {} has not opened the driver", child.id());
-        assert_eq!(error, Err(DeviceError::Failed(expected)));
-    }
-
-    #[test]
-    fn an_unknown_driver_is_refused_before_anything_is_opened() {
-        let channels = DriverChannels::new("610.43.02");
-        let error = channels.mark().expect_err("its layouts are not known");
-        assert!(matches!(error, DeviceError::Unsupported(_)), "{error}");
-    }
-
-    #[test]
-    fn a_descriptor_that_is_not_the_drivers_is_not_kept() {
-        let null = fs::File::open("/dev/null").expect("there is a null device");
-        let process = Process::open(std::process::id()).expect("we run");
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&null);
-        let count = || {
-            let entries = fs::read_dir("/proc/self/fd").expect("proc is mounted");
-            let links = entries.flatten().map(|entry| fs::read_link(entry.path()));
-            links
-                .flatten()
-                .filter(|link| link.as_os_str() == "/dev/null")
-                .count()
-        };
-        let before = count();
-        let duplicated = duplicate(&process, fd).expect("we may trace ourselves");
-        assert!(duplicated.is_none());
-        assert_eq!(count(), before);
-    }
-
-    #[test]
-    fn timeslices_out_of_range_never_reach_the_driver() {
-        let groups = ChannelGroups {
-            pid: std::process::id(),
-            client: 0xc1d0_0001,
-            groups: vec![0x5c00_0010],
-        };
-        for usec in [0, 15, 524_289] {
-            let error = channels().set_timeslice(&groups, usec);
-            let expected = format!("a timeslice of {usec} us is not within 16 to 524288 us");
-            assert_eq!(error, Err(DeviceError::Failed(expected)));
-        }
-    }
-
-    #[test]
-    fn places_of_ended_processes_are_swept_out() {
-        let channels = channels();
-        let place = Place {
-            fd: 3,
-            client: 0xc1d0_0001,
-        };
-        let mut child = Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .expect("sleep is everywhere");
-        let process = Process::open(child.id()).expect("the child runs");
-        channels.remember(&process, place);
-        assert_eq!(channels.place_of(&process), Some(place));
-        child.kill().expect("it is our child");
-        child.wait().expect("it is our child");
-        let ourselves = Process::open(std::process::id()).expect("we run");
-        channels.remember(&ourselves, place);
-        assert_eq!(channels.place_of(&process), None);
-        assert_eq!(channels.place_of(&ourselves), Some(place));
-    }
-}
+mod tests;

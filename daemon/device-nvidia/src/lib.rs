@@ -1,14 +1,17 @@
 //! The real host: NVIDIA GPUs under the stock driver.
 //!
-//! Three mechanisms, a module each: `telemetry` reads figures through NVML,
-//! `mps` runs a private MPS control daemon as a child, and `channels` reaches
-//! another process's channel groups through the resource manager's own control
-//! calls. None of them needs a changed driver or a preloaded library.
+//! Four mechanisms, a module each: `telemetry` reads figures through NVML,
+//! `mps` runs a private MPS control daemon as a child, `channels` reaches
+//! another process's channels through the resource manager's own control calls,
+//! and `counters` counts what another process launches. None of them needs a
+//! changed driver or a preloaded library.
 //!
-//! `unsafe` stands in `channels/rm.rs` (ioctls) and `telemetry/gpm.rs` (a
-//! sample that outlives the borrow NVML's wrapper gives it), nowhere else.
+//! `unsafe` stands in `channels/rm.rs` (ioctls), `counters/perf.rs` (a system
+//! call without a wrapper) and `telemetry/gpm.rs` (a sample that outlives the
+//! borrow NVML's wrapper gives it), nowhere else.
 
 mod channels;
+mod counters;
 mod error;
 mod mps;
 mod process;
@@ -18,16 +21,28 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gcgroup_device::{
-    ChannelGroups, Channels, ClientMark, DeviceError, GpuInfo, GpuSample, Host, Mps, MpsServer,
-    Telemetry, Timeslices,
+    ChannelSet, Channels, ClientMark, Counters, DeviceError, GpuInfo, GpuProcess, GpuSample, Host,
+    LaunchCounter, Mps, MpsServer, Search, Telemetry, Timeslices,
 };
 use nvml_wrapper::Nvml;
 
 use crate::channels::DriverChannels;
 pub use crate::channels::find::Object;
+use crate::channels::layout::Unknown;
+pub use crate::channels::search::LookupCost;
+pub use crate::counters::{can_count, remove_probes};
 use crate::mps::Program;
 pub use crate::mps::orphan::{Orphan, end_orphan};
 use crate::telemetry::NvmlTelemetry;
+
+/// What the configuration decides about the real host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Whether channel control takes a driver newer than the newest known branch
+    /// for that branch. The control interface is not a stable one: a changed call
+    /// may do something else.
+    pub any_driver_branch: bool,
+}
 
 /// A host whose driver answered. Dropping it closes NVML, so that the driver
 /// can be unloaded.
@@ -46,7 +61,15 @@ impl NvidiaHost {
     /// [`DeviceError::NoDriver`] where there is no library or no driver behind
     /// it; [`DeviceError::Denied`] where this service may not talk to it.
     pub fn open() -> Result<Self, DeviceError> {
-        Self::with_nvml(Nvml::init().map_err(error::of_open)?)
+        Self::open_with(Options::default())
+    }
+
+    /// The same with what the configuration decides.
+    ///
+    /// # Errors
+    /// As [`NvidiaHost::open`].
+    pub fn open_with(options: Options) -> Result<Self, DeviceError> {
+        Self::with_nvml(Nvml::init().map_err(error::of_open)?, options)
     }
 
     /// Opens the NVML library at `library`, for hosts that keep it where the
@@ -54,54 +77,46 @@ impl NvidiaHost {
     ///
     /// # Errors
     /// As [`NvidiaHost::open`].
-    pub fn open_library(library: &Path) -> Result<Self, DeviceError> {
+    pub fn open_library(library: &Path, options: Options) -> Result<Self, DeviceError> {
         let nvml = Nvml::builder().lib_path(library.as_os_str()).init();
-        Self::with_nvml(nvml.map_err(error::of_open)?)
+        Self::with_nvml(nvml.map_err(error::of_open)?, options)
     }
 
-    fn with_nvml(nvml: Nvml) -> Result<Self, DeviceError> {
+    fn with_nvml(nvml: Nvml, options: Options) -> Result<Self, DeviceError> {
+        let unknown = if options.any_driver_branch {
+            Unknown::TakeNewer
+        } else {
+            Unknown::Refuse
+        };
         let driver_version = nvml.sys_driver_version().map_err(error::of_open)?;
         let cuda_version =
             CudaVersion::from_nvml(nvml.sys_cuda_driver_version().map_err(error::of_open)?);
         Ok(Self {
             telemetry: NvmlTelemetry::new(Arc::new(nvml)),
-            channels: DriverChannels::new(&driver_version),
+            channels: DriverChannels::new(&driver_version, unknown),
             driver_version,
             cuda_version,
         })
     }
 
-    /// Every object of the driver client that `find` would choose, for people
-    /// who look at an unknown driver.
+    /// Every object of the driver clients of a process, each with the handle of
+    /// its client, for people who look at an unknown driver.
     ///
     /// # Errors
-    /// As [`Channels::find`].
-    pub fn inventory(&self, pid: u32, mark: ClientMark) -> Result<Vec<Object>, DeviceError> {
-        self.channels.inventory(pid, mark)
+    /// As [`Channels::list`].
+    pub fn inventory(
+        &self,
+        pid: u32,
+        gpu: &GpuInfo,
+        search: Search,
+    ) -> Result<Vec<(u32, Object)>, DeviceError> {
+        self.channels.inventory(pid, gpu, search)
     }
 
-    /// Refuses to guess which GPU the groups of `pid` belong to: a channel
-    /// group names its device by a handle, and no call that is known to be
-    /// harmless turns that handle into a GPU. With one GPU, or with a process
-    /// that computes on one only, there is nothing to tell apart.
-    fn check_only_gpu(&self, pid: u32, gpu: &GpuInfo) -> Result<(), DeviceError> {
-        if self.telemetry.gpu_count()? <= 1 {
-            return Ok(());
-        }
-        let uuids = self.telemetry.gpus_of(pid)?;
-        if !uuids.contains(&gpu.uuid) {
-            return Err(DeviceError::Failed(format!(
-                "process {pid} computes on no channel of GPU {}",
-                gpu.index
-            )));
-        }
-        if uuids.len() > 1 {
-            return Err(DeviceError::Unsupported(format!(
-                "process {pid} computes on {} GPUs and its channel groups do not tell which is whose",
-                uuids.len()
-            )));
-        }
-        Ok(())
+    /// What looking processes up has cost so far.
+    #[must_use]
+    pub fn lookup_cost(&self) -> LookupCost {
+        self.channels.cost()
     }
 }
 
@@ -112,6 +127,10 @@ impl Telemetry for NvidiaHost {
 
     fn sample(&self, gpu: &GpuInfo) -> Result<GpuSample, DeviceError> {
         self.telemetry.sample(gpu)
+    }
+
+    fn processes(&self, gpu: &GpuInfo) -> Result<Vec<GpuProcess>, DeviceError> {
+        self.telemetry.processes(gpu)
     }
 }
 
@@ -140,22 +159,32 @@ impl Channels for NvidiaHost {
         self.channels.mark()
     }
 
-    fn find(
-        &self,
-        pid: u32,
-        gpu: &GpuInfo,
-        mark: ClientMark,
-    ) -> Result<ChannelGroups, DeviceError> {
-        self.check_only_gpu(pid, gpu)?;
-        self.channels.find(pid, mark)
+    fn list(&self, pid: u32, gpu: &GpuInfo, search: Search) -> Result<ChannelSet, DeviceError> {
+        self.channels.list(pid, gpu, search)
     }
 
-    fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError> {
-        self.channels.timeslices(groups)
+    fn timeslices(&self, set: &ChannelSet) -> Result<Timeslices, DeviceError> {
+        self.channels.timeslices(set)
     }
 
-    fn set_timeslice(&self, groups: &ChannelGroups, usec: u64) -> Result<Timeslices, DeviceError> {
-        self.channels.set_timeslice(groups, usec)
+    fn set_timeslice(&self, set: &ChannelSet, usec: u64) -> Result<Timeslices, DeviceError> {
+        self.channels.set_timeslice(set, usec)
+    }
+
+    fn stop(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        let minor = || self.telemetry.minor(gpu);
+        self.channels.stop(gpu, &minor, sets)
+    }
+
+    fn resume(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        let minor = || self.telemetry.minor(gpu);
+        self.channels.resume(gpu, &minor, sets)
+    }
+}
+
+impl Counters for NvidiaHost {
+    fn count_launches(&self, pid: u32) -> Result<Box<dyn LaunchCounter>, DeviceError> {
+        counters::count_launches(pid)
     }
 }
 

@@ -97,6 +97,13 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     stat_field(&stat, 22)?.parse().ok()
 }
 
+/// Whether the thread that a process began with has ended while others go on,
+/// or has just ended with them.
+pub(crate) fn main_thread_has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    matches!(stat_field(&stat, 3), Some("Z" | "X") | None)
+}
+
 /// A field of proc_pid_stat(5) by its number there, 3 and up. The second field
 /// is a name in brackets that may itself hold brackets and spaces.
 fn stat_field(stat: &str, number: usize) -> Option<&str> {
@@ -111,6 +118,12 @@ pub(crate) fn program_name(pid: u32) -> Option<String> {
     let name = exe.file_name()?.to_str()?;
     // The kernel's mark for a program that an upgrade has replaced.
     Some(name.strip_suffix(" (deleted)").unwrap_or(name).to_owned())
+}
+
+/// The name that the kernel keeps of a process, at most 15 bytes.
+pub(crate) fn comm(pid: u32) -> Option<String> {
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(comm.trim_end().to_owned())
 }
 
 /// Children of a process, those of all its threads.
@@ -176,12 +189,14 @@ mod tests {
             .expect("sleep is everywhere");
         let process = Process::open(child.id()).expect("the child runs");
         assert!(!process.has_ended());
+        assert!(!main_thread_has_ended(child.id()));
         assert!(children(std::process::id()).contains(&child.id()));
         process.signal(Signal::KILL);
         assert!(process.wait(Duration::from_secs(5)));
         assert_eq!(Process::open(child.id()).err(), Some(Errno::SRCH));
         let zombie = Process::of_child(&child).expect("it was not waited for");
         assert!(zombie.has_ended());
+        assert!(main_thread_has_ended(child.id()));
         child.wait().expect("it is our child");
         assert_eq!(Process::open(child.id()).err(), Some(Errno::SRCH));
         assert_eq!(start_time(child.id()), None);

@@ -5,18 +5,20 @@
 //! the table of GPUs is released before a GPU's own state is locked.
 
 mod gpm;
+mod processes;
 mod xid;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use gcgroup_device::{DeviceError, GpuInfo, GpuSample};
+use gcgroup_device::{DeviceError, GpuInfo, GpuProcess, GpuSample};
 use nvml_wrapper::enum_wrappers::device::{Clock, GpuVirtualizationMode, TemperatureSensor};
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 use parking_lot::Mutex;
 
 use self::gpm::GpmReader;
+use self::processes::Kinds;
 use self::xid::XidCounter;
 use crate::error::{of_gpu, of_host, of_lookup};
 
@@ -29,6 +31,7 @@ pub(crate) struct NvmlTelemetry {
     /// By UUID.
     gpm: Mutex<HashMap<String, Arc<Mutex<GpmReader>>>>,
     xids: XidCounter,
+    kinds: Kinds,
 }
 
 impl NvmlTelemetry {
@@ -36,6 +39,7 @@ impl NvmlTelemetry {
         Self {
             xids: XidCounter::start(&nvml),
             gpm: Mutex::default(),
+            kinds: Kinds::default(),
             nvml,
         }
     }
@@ -68,23 +72,31 @@ impl NvmlTelemetry {
         Ok(gpus)
     }
 
-    /// UUIDs of the GPUs on which a process has a compute context.
-    pub(crate) fn gpus_of(&self, pid: u32) -> Result<Vec<String>, DeviceError> {
-        let mut uuids = Vec::new();
-        for index in 0..self.gpu_count()? {
-            let uuid = self.nvml.device_by_index(index).and_then(|device| {
-                let processes = device.running_compute_processes()?;
-                let computes = processes.iter().any(|process| process.pid == pid);
-                Ok(computes.then_some(device.uuid()?))
-            });
-            match uuid.map_err(of_gpu(index)) {
-                Ok(uuid) => uuids.extend(uuid),
-                // Nobody computes on a lost GPU.
-                Err(DeviceError::NoGpu(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(uuids)
+    /// The number in the name of the GPU's device, 3 for /dev/nvidia3.
+    pub(crate) fn minor(&self, gpu: &GpuInfo) -> Result<u32, DeviceError> {
+        self.nvml
+            .device_by_uuid(gpu.uuid.as_str())
+            .map_err(of_lookup(gpu.index))?
+            .minor_number()
+            .map_err(of_gpu(gpu.index))
+    }
+
+    /// The processes with a compute context, the clients of MPS servers among
+    /// them.
+    pub(crate) fn processes(&self, gpu: &GpuInfo) -> Result<Vec<GpuProcess>, DeviceError> {
+        let device = self
+            .nvml
+            .device_by_uuid(gpu.uuid.as_str())
+            .map_err(of_lookup(gpu.index))?;
+        let computing = device
+            .running_compute_processes()
+            .map_err(of_gpu(gpu.index))?;
+        // Absent from some drivers, and short of room when a client comes just
+        // then: it is asked again within a moment.
+        let clients = known(device.mps_running_compute_processes()).map_err(of_gpu(gpu.index))?;
+        Ok(self
+            .kinds
+            .of(&gpu.uuid, &computing, &clients.unwrap_or_default()))
     }
 
     pub(crate) fn sample(&self, gpu: &GpuInfo) -> Result<GpuSample, DeviceError> {

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use gcgroup_device::{Channels, ClientMark, DeviceError, GpuInfo, Host, Telemetry};
-use gcgroup_device_nvidia::NvidiaHost;
+use gcgroup_device::{
+    ChannelSet, Channels, DeviceError, GpuInfo, GpuProcess, Handle, Host, ProcessKind, Search,
+    Telemetry,
+};
+use gcgroup_device_nvidia::{NvidiaHost, Options};
 use tempfile::TempDir;
 
 /// A library whose nvmlInit returns `init`; `None` without a C compiler.
@@ -29,6 +32,10 @@ fn library(init: u32) -> Option<(TempDir, PathBuf)> {
     Some((directory, path))
 }
 
+fn open(library: &Path) -> Result<NvidiaHost, DeviceError> {
+    NvidiaHost::open_library(library, Options::default())
+}
+
 fn gpu(index: u32) -> GpuInfo {
     GpuInfo {
         index,
@@ -41,7 +48,7 @@ fn gpu(index: u32) -> GpuInfo {
 
 #[test]
 fn a_host_without_the_library_has_no_driver() {
-    let error = NvidiaHost::open_library(Path::new("/nonexistent/libnvidia-ml.so.1"));
+    let error = open(Path::new("/nonexistent/libnvidia-ml.so.1"));
     let error = error.expect_err("there is no such library");
     assert!(matches!(error, DeviceError::NoDriver(_)), "{error:?}");
 }
@@ -54,7 +61,7 @@ fn a_library_without_a_driver_is_no_driver() {
         let Some((_directory, path)) = library(init) else {
             return;
         };
-        let error = NvidiaHost::open_library(&path).expect_err("no driver answers");
+        let error = open(&path).expect_err("no driver answers");
         assert!(matches!(error, DeviceError::NoDriver(_)), "{error:?}");
     }
 }
@@ -64,7 +71,7 @@ fn a_lack_of_permission_is_told_apart() {
     let Some((_directory, path)) = library(4) else {
         return;
     };
-    let error = NvidiaHost::open_library(&path).expect_err("not permitted");
+    let error = open(&path).expect_err("not permitted");
     assert!(matches!(error, DeviceError::Denied(_)), "{error:?}");
 }
 
@@ -73,7 +80,7 @@ fn gpus_are_listed_with_the_reason_why_one_is_refused() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     assert_eq!(host.describe(), "NVIDIA driver 580.159.04, CUDA 13.0");
     assert_eq!(host.worker_address(&gpu(0)), "cuda:GPU-0");
     let refused = |index, reason: &str| GpuInfo {
@@ -93,7 +100,7 @@ fn figures_come_in_order_and_gpm_figures_once_they_are_known() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     let first = host.sample(&gpu(0)).expect("it is there");
     let plain_tail = [
         ("power_milliwatt", 350_123),
@@ -130,7 +137,7 @@ fn a_gpu_with_few_figures_gives_those_it_has() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     let sample = host.sample(&gpu(2)).expect("it is there");
     assert_eq!(sample.memory_used, 302);
     assert_eq!(sample.utilization, [("temperature_celsius", 41)]);
@@ -141,7 +148,7 @@ fn lost_and_unknown_gpus_are_gone() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     assert_eq!(host.sample(&gpu(3)), Err(DeviceError::NoGpu(3)));
     assert_eq!(host.sample(&gpu(7)), Err(DeviceError::NoGpu(7)));
 }
@@ -151,7 +158,7 @@ fn xids_are_counted_for_their_gpu_beside_one_that_refuses_events() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     let deadline = Instant::now() + Duration::from_secs(5);
     let xids = |index| host.sample(&gpu(index)).expect("it is there").xids;
     while xids(0) < 2 {
@@ -166,7 +173,7 @@ fn closing_the_host_takes_the_library_down() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
+    let host = open(&path).expect("the library answers");
     host.sample(&gpu(0)).expect("it is there");
     let loaded = || {
         let maps = std::fs::read_to_string("/proc/self/maps").expect("proc is mounted");
@@ -178,18 +185,45 @@ fn closing_the_host_takes_the_library_down() {
 }
 
 #[test]
-fn groups_are_not_guessed_for_a_process_on_several_gpus() {
+fn processes_are_listed_by_kind_without_those_that_have_ended() {
     let Some((_directory, path)) = library(0) else {
         return;
     };
-    let host = NvidiaHost::open_library(&path).expect("the library answers");
-    let mark = ClientMark(0xc1d0_0000);
-    let several = host.find(4242, &gpu(0), mark).expect_err("on two GPUs");
-    assert!(
-        matches!(several, DeviceError::Unsupported(_)),
-        "{several:?}"
-    );
-    let elsewhere = host.find(std::process::id(), &gpu(1), mark);
-    let elsewhere = elsewhere.expect_err("it is on GPU 0");
-    assert!(matches!(elsewhere, DeviceError::Failed(_)), "{elsewhere:?}");
+    let host = open(&path).expect("the library answers");
+    let ourselves = |kind, memory_bytes| GpuProcess {
+        pid: std::process::id(),
+        kind,
+        memory_bytes,
+    };
+    let program = ourselves(ProcessKind::Program, None);
+    assert_eq!(host.processes(&gpu(0)), Ok(vec![program]));
+    let client = ourselves(ProcessKind::MpsClient, Some(4096));
+    assert_eq!(host.processes(&gpu(1)), Ok(vec![client]));
+    // Its library does not list MPS clients.
+    assert_eq!(host.processes(&gpu(2)), Ok(vec![]));
+    assert_eq!(host.processes(&gpu(3)), Err(DeviceError::NoGpu(3)));
+    assert_eq!(host.processes(&gpu(7)), Err(DeviceError::NoGpu(7)));
+}
+
+#[test]
+fn channels_of_a_lost_gpu_are_not_stopped() {
+    let Some((_directory, path)) = library(0) else {
+        return;
+    };
+    let host = open(&path).expect("the library answers");
+    let set = ChannelSet {
+        pid: std::process::id(),
+        groups: Vec::new(),
+        channels: vec![Handle {
+            client: 0xc1d0_0001,
+            object: 0x5c00_0010,
+        }],
+    };
+    let sets = [set];
+    assert_eq!(host.stop(&gpu(7), &sets), Err(DeviceError::NoGpu(7)));
+    assert_eq!(host.resume(&gpu(7), &sets), Err(DeviceError::NoGpu(7)));
+    // The UUIDs of these GPUs have no bytes.
+    let error = host.list(std::process::id(), &gpu(0), Search::Anew);
+    let error = error.expect_err("it is not that of a GPU");
+    assert!(error.to_string().contains("\"GPU-0\""), "{error}");
 }

@@ -61,6 +61,12 @@ impl Connection {
     /// Sends a request.
     pub(crate) fn send(&self, request: &Request) -> Result<(), CallError> {
         let packet = serde_json::to_vec(request).map_err(lost)?;
+        if packet.len() > LONGEST {
+            let length = packet.len();
+            return Err(lost(format!(
+                "a request of {length} bytes is longer than {LONGEST}"
+            )));
+        }
         loop {
             match send(&self.socket, &packet, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),

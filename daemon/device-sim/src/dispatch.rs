@@ -1,13 +1,14 @@
 //! One request against the world and the faults that are set.
 
-use gcgroup_kernels::engine::EngineError;
-use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
+mod service;
 
-use crate::fault::{Effect, Failure, FaultId, Faults, Hit, Refused};
+use gcgroup_kernels::engine::EngineError;
+
+use crate::fault::{Effect, Failure, FaultId, Faults, Hit, Operation, Refused};
+use crate::server::ChannelLatency;
 use crate::shape;
-use crate::wire::{Answer, GpuLine, Request, SampleLine};
-use crate::world::{ClientMissing, ContextId, MpsId, World};
+use crate::wire::{Answer, ChannelsOf, Launch, OpenAs, Request};
+use crate::world::{ContextId, CounterId, MpsId, World};
 
 /// What a connection stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub(crate) enum Role {
     Context(ContextId),
     /// A running MPS server.
     Mps(MpsId),
+    /// A counter of launches.
+    Counter(CounterId),
 }
 
 /// Who sent a request.
@@ -32,6 +35,8 @@ pub(crate) struct Peer {
 pub(crate) enum Outcome {
     /// It is answered.
     Reply(Result<Answer, Failure>),
+    /// It is done, and answered so many microseconds later.
+    Late(u64, Result<Answer, Failure>),
     /// It is done, and has no answer.
     Silent,
     /// It waits until the fault is cleared.
@@ -58,6 +63,7 @@ pub(crate) struct Simulation {
     pub(crate) world: World,
     pub(crate) faults: Faults,
     pub(crate) seed: u64,
+    pub(crate) latency: ChannelLatency,
 }
 
 type Answered = Result<Answer, Failure>;
@@ -83,9 +89,15 @@ impl Simulation {
             Request::Submit {
                 target,
                 submitted_ns,
-            } => self.submit(peer, *target, *submitted_ns),
+                launch,
+            } => self.submit(peer, *target, *submitted_ns, *launch),
             Request::CutProcess { pid } => Outcome::CutProcess(*pid),
             Request::Open { .. }
+            | Request::Close
+            | Request::AddGroup
+            | Request::RemoveGroup
+            | Request::AddChannel
+            | Request::SkipHandles
             | Request::Prepare(_)
             | Request::Allocate { .. }
             | Request::Place(_)
@@ -94,6 +106,16 @@ impl Simulation {
             | Request::Progress
             | Request::Verify => {
                 Outcome::Reply(self.worker(peer, request).map_err(Failure::Worker))
+            }
+            Request::Stop(channels) => {
+                let usec = self.latency.stop_us(channels.sets.len());
+                let stopped = self.stop(channels).map_err(Failure::Service);
+                Outcome::Late(usec, stopped)
+            }
+            Request::Resume(channels) => {
+                let usec = self.latency.resume_us(channels.sets.len());
+                let resumed = self.resume(channels).map_err(Failure::Service);
+                Outcome::Late(usec, resumed)
             }
             _ => Outcome::Reply(match request.operation() {
                 Some(_) => self.service(peer, request).map_err(Failure::Service),
@@ -104,18 +126,53 @@ impl Simulation {
 
     fn strike(&mut self, peer: &Peer, request: &Request) -> Option<Hit> {
         let operation = request.operation()?;
-        let (gpu, pid) = match (request, peer.role) {
-            (Request::Open { gpu, .. }, _) => (Some(*gpu), peer.pid),
-            (Request::Sample { gpu } | Request::MpsStart { gpu }, _) => (Some(*gpu), peer.pid),
-            (Request::Find { gpu, pid, .. }, _) => (Some(*gpu), *pid),
-            (Request::Timeslices { pid, .. } | Request::SetTimeslice { pid, .. }, _) => {
-                (None, *pid)
-            }
-            (_, Role::Context(id)) => (self.world.owner(id).map(|(_, gpu)| gpu), peer.pid),
-            (_, Role::Mps(id)) => (self.world.mps_gpu(id), peer.pid),
-            (_, Role::Caller) => (None, peer.pid),
+        let hit = self.strike_as(operation, peer, request);
+        if hit.is_some() {
+            return hit;
+        }
+        let Request::Resume(ChannelsOf { gpu, sets }) = request else {
+            return None;
         };
-        self.faults.strike(operation, gpu, Some(pid))
+        if sets.iter().all(|set| self.world.has(*gpu, &set.channels)) {
+            return None;
+        }
+        let hit = self.strike_as(Operation::ResumeGone, peer, request)?;
+        if let Effect::Fail(_) = hit.effect {
+            // Each of the others has been resumed by then.
+            for set in sets {
+                self.world.resume(*gpu, set.channels.iter().copied());
+            }
+        }
+        Some(hit)
+    }
+
+    fn strike_as(&mut self, operation: Operation, peer: &Peer, request: &Request) -> Option<Hit> {
+        let own = match peer.role {
+            Role::Context(id) => self.world.owner(id).map(|(_, gpu)| gpu),
+            Role::Mps(id) => self.world.mps_gpu(id),
+            Role::Caller | Role::Counter(_) => None,
+        };
+        let (gpu, pids) = match request {
+            Request::Open { gpu, .. }
+            | Request::Sample { gpu }
+            | Request::MpsStart { gpu }
+            | Request::Processes { gpu } => (Some(*gpu), vec![peer.pid]),
+            Request::List { gpu, pid, .. } => (Some(*gpu), vec![*pid]),
+            Request::Timeslices { pid, groups } | Request::SetTimeslice { pid, groups, .. } => {
+                let group = groups.first();
+                let gpu = group.and_then(|group| self.world.gpu_of_client(group.client));
+                (gpu, vec![*pid])
+            }
+            Request::Stop(ChannelsOf { gpu, sets }) | Request::Resume(ChannelsOf { gpu, sets }) => {
+                (Some(*gpu), sets.iter().map(|set| set.pid).collect())
+            }
+            Request::CountLaunches { pid } => (None, vec![*pid]),
+            _ => match peer.role {
+                Role::Counter(id) => (None, vec![id.pid]),
+                Role::Caller | Role::Context(_) | Role::Mps(_) => (own, vec![peer.pid]),
+            },
+        };
+        self.faults.strike(operation, gpu, &pids)
     }
 
     /// Fails a call. A worker's context that the driver calls failed stays so.
@@ -132,9 +189,9 @@ impl Simulation {
         Outcome::Reply(Err(failure))
     }
 
-    fn submit(&mut self, peer: &Peer, target: u64, submitted_ns: u64) -> Outcome {
+    fn submit(&mut self, peer: &Peer, target: u64, submitted_ns: u64, launch: Launch) -> Outcome {
         if let Role::Context(id) = peer.role
-            && let Err(error) = self.world.submit(id, target, submitted_ns)
+            && let Err(error) = self.world.submit(id, target, submitted_ns, launch)
         {
             self.world.break_context(id, &error);
         }
@@ -143,13 +200,20 @@ impl Simulation {
 
     fn worker(&mut self, peer: &mut Peer, request: &Request) -> Result<Answer, EngineError> {
         let no_context = || EngineError::Failed("this connection has no context".to_owned());
-        if let Request::Open { gpu, mps } = request {
+        if let Request::Open { gpu, open_as } = request {
             if peer.role != Role::Caller {
                 return Err(EngineError::Unsupported(
                     "a connection has one context".to_owned(),
                 ));
             }
-            let id = self.world.open(*gpu, peer.pid, mps.as_deref())?;
+            let token = match open_as {
+                OpenAs::MpsClient(token) => Some(token.as_str()),
+                OpenAs::Program | OpenAs::MpsServer => None,
+            };
+            let id = self.world.open(*gpu, peer.pid, token)?;
+            if *open_as == OpenAs::MpsServer {
+                self.world.call_server(id);
+            }
             peer.role = Role::Context(id);
             return Ok(Answer::Opened(shape::facts()));
         }
@@ -164,6 +228,14 @@ impl Simulation {
                     context_bytes,
                 });
             }
+            Request::Close => {
+                self.world.close(id);
+                peer.role = Role::Caller;
+            }
+            Request::AddGroup => self.world.add_group(id)?,
+            Request::RemoveGroup => self.world.remove_group(id)?,
+            Request::AddChannel => self.world.add_channel(id)?,
+            Request::SkipHandles => self.world.skip_handles(id)?,
             Request::Allocate { bytes } => self.world.allocate(id, *bytes)?,
             Request::Place(placement) => {
                 let sm_count = self.world.place(id, placement)?;
@@ -177,104 +249,6 @@ impl Simulation {
             }
         }
         Ok(Answer::Done)
-    }
-
-    fn service(&mut self, peer: &mut Peer, request: &Request) -> Result<Answer, Refused> {
-        match request {
-            Request::Gpus => Ok(Answer::Gpus(self.gpu_lines())),
-            Request::Sample { gpu } => self.sample(*gpu),
-            Request::MpsStart { gpu } => {
-                if peer.role != Role::Caller {
-                    return Err(Refused::Failed(
-                        "a connection has one MPS server".to_owned(),
-                    ));
-                }
-                self.present(*gpu)?;
-                let (id, token) = self.world.start_mps(*gpu).map_err(|error| match error {
-                    EngineError::Unsupported(text) => Refused::Unsupported(text),
-                    other => Refused::Failed(other.to_string()),
-                })?;
-                peer.role = Role::Mps(id);
-                Ok(Answer::MpsToken(token))
-            }
-            Request::MpsAlive => Ok(Answer::Alive(match peer.role {
-                Role::Mps(id) => self.world.mps_runs(id),
-                _ => false,
-            })),
-            Request::MpsStop => {
-                if let Role::Mps(id) = peer.role {
-                    self.world.stop_mps(id);
-                }
-                Ok(Answer::Done)
-            }
-            Request::Mark => Ok(Answer::Mark(self.world.mark())),
-            Request::Find { pid, gpu, mark } => {
-                self.present(*gpu)?;
-                let found = self.world.find_client(*pid, *gpu, *mark);
-                let (client, groups) = found.map_err(|missing| explain(missing, *pid, *gpu))?;
-                let groups = groups.to_vec();
-                Ok(Answer::Found { client, groups })
-            }
-            Request::Timeslices {
-                pid,
-                client,
-                groups,
-            } => self.timeslices(*pid, *client, groups),
-            Request::SetTimeslice {
-                pid,
-                client,
-                groups,
-                usec,
-            } => {
-                if *usec == 0 {
-                    return Err(Refused::Failed("a timeslice of 0 us".to_owned()));
-                }
-                self.world
-                    .set_timeslices(*client, groups, *usec)
-                    .map_err(|_| Refused::NoProcess(*pid))?;
-                self.timeslices(*pid, *client, groups)
-            }
-            other => Err(Refused::Failed(format!("{other:?} is not the service's"))),
-        }
-    }
-
-    fn timeslices(&self, pid: u32, client: u32, groups: &[u32]) -> Result<Answer, Refused> {
-        let slices = self.world.timeslices(client, groups);
-        slices
-            .map(Answer::Timeslices)
-            .map_err(|_| Refused::NoProcess(pid))
-    }
-
-    fn present(&self, gpu: u32) -> Result<(), Refused> {
-        match self.world.state(gpu) {
-            Some(_) => Ok(()),
-            None => Err(Refused::NoGpu(gpu)),
-        }
-    }
-
-    fn gpu_lines(&self) -> Vec<GpuLine> {
-        let line = |index| {
-            Some(GpuLine {
-                index,
-                uuid: self.world.uuid(index),
-                name: shape::NAME.to_owned(),
-                memory_bytes: shape::MEMORY_BYTES,
-                xids: self.world.state(index)?.xids,
-            })
-        };
-        self.world.gpus().filter_map(line).collect()
-    }
-
-    fn sample(&self, gpu: u32) -> Result<Answer, Refused> {
-        let state = self.world.state(gpu).ok_or(Refused::NoGpu(gpu))?;
-        Ok(Answer::Sample(SampleLine {
-            memory_used: state.memory_used,
-            xids: state.xids,
-            busy: state.usage.busy,
-            sm_active: state.usage.sm_active,
-            occupancy: state.usage.occupancy,
-            dram: state.usage.dram,
-        }))
     }
 
     fn control(&mut self, request: &Request) -> Answered {
@@ -326,23 +300,7 @@ impl Simulation {
             Role::Caller => {}
             Role::Context(id) => self.world.close(id),
             Role::Mps(id) => self.world.stop_mps(id),
+            Role::Counter(id) => self.world.counters.end(id),
         }
     }
-}
-
-fn explain(missing: ClientMissing, pid: u32, gpu: u32) -> Refused {
-    match missing {
-        ClientMissing::Mps => Refused::Failed(format!(
-            "process {pid} is an MPS client: its channels are in the server's group"
-        )),
-        ClientMissing::NoContext if lives(pid) => Refused::Failed(format!(
-            "process {pid} has opened no channel group on GPU {gpu}"
-        )),
-        ClientMissing::NoContext | ClientMissing::Gone => Refused::NoProcess(pid),
-    }
-}
-
-fn lives(pid: u32) -> bool {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| !matches!(test_kill_process(pid), Err(Errno::SRCH)))
 }

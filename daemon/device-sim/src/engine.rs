@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use crate::connection::{CallError, Connection, now_ns};
 use crate::cost::units_per_iteration;
 use crate::fault::Failure;
-use crate::wire::{Answer, Message, Request};
+use crate::wire::{Answer, Launch, Message, OpenAs, Request};
 
 /// Variable whose value makes a process the client of an MPS server.
 pub const MPS_VARIABLE: &str = "GCGROUP_SIM_MPS";
@@ -55,6 +55,14 @@ impl SimEngine {
     /// # Errors
     /// As [`SimEngine::open`].
     pub fn open_with(socket: &Path, gpu: u32, mps: Option<&str>) -> Result<Self, EngineError> {
+        let open_as = match mps {
+            Some(token) => OpenAs::MpsClient(token.to_owned()),
+            None => OpenAs::Program,
+        };
+        Self::open_as(socket, gpu, open_as)
+    }
+
+    pub(crate) fn open_as(socket: &Path, gpu: u32, open_as: OpenAs) -> Result<Self, EngineError> {
         let connection = Connection::open(socket).map_err(|error| {
             EngineError::NoDevice(format!("cannot connect to {}: {error}", socket.display()))
         })?;
@@ -69,8 +77,7 @@ impl SimEngine {
             broken: None,
             units: 0,
         };
-        let mps = mps.map(str::to_owned);
-        match engine.call(&Request::Open { gpu, mps })? {
+        match engine.call(&Request::Open { gpu, open_as })? {
             Answer::Opened(facts) => engine.facts = facts,
             other => return Err(unexpected(&other)),
         }
@@ -84,6 +91,70 @@ impl SimEngine {
     /// [`EngineError::NoMemory`].
     pub fn allocate(&mut self, bytes: u64) -> Result<(), EngineError> {
         self.call(&Request::Allocate { bytes }).map(drop)
+    }
+
+    /// Adds a channel group, into which launches go from now on.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] under MPS.
+    pub fn add_group(&mut self) -> Result<(), EngineError> {
+        self.call(&Request::AddGroup).map(drop)
+    }
+
+    /// Removes the channel group that was added last; launches go into the one
+    /// before it from now on.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] when none was added.
+    pub fn remove_group(&mut self) -> Result<(), EngineError> {
+        self.call(&Request::RemoveGroup).map(drop)
+    }
+
+    /// Adds a channel to the group that launches go into.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] under MPS.
+    pub fn add_channel(&mut self) -> Result<(), EngineError> {
+        self.call(&Request::AddChannel).map(drop)
+    }
+
+    /// Makes many objects and frees them: what is added next lies far off.
+    ///
+    /// # Errors
+    /// Those of a broken context.
+    pub fn skip_handles(&mut self) -> Result<(), EngineError> {
+        self.call(&Request::SkipHandles).map(drop)
+    }
+
+    /// As [`Engine::submit`], but the kernel is in a graph.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn submit_graph(&mut self, target: u64) -> Result<(), EngineError> {
+        self.launch(target, Launch::Graph)
+    }
+
+    /// Ends the context, and returns when everything of it is gone.
+    ///
+    /// # Errors
+    /// Those of a broken context, which is gone as well.
+    pub fn close(mut self) -> Result<(), EngineError> {
+        self.call(&Request::Close).map(drop)
+    }
+
+    fn launch(&mut self, target: u64, launch: Launch) -> Result<(), EngineError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let submitted_ns = now_ns();
+        let request = Request::Submit {
+            target,
+            submitted_ns,
+            launch,
+        };
+        self.connection
+            .send(&request)
+            .map_err(|error| self.failed(error))
     }
 
     fn call(&mut self, request: &Request) -> Result<Answer, EngineError> {
@@ -171,17 +242,7 @@ impl Engine for SimEngine {
     /// Where the simulated device polls is a matter of time, not of units: see the
     /// stop latency of `SimOptions`.
     fn submit(&mut self, target: u64, _poll_units: u32) -> Result<(), EngineError> {
-        if let Some(error) = &self.broken {
-            return Err(error.clone());
-        }
-        let submitted_ns = now_ns();
-        let request = Request::Submit {
-            target,
-            submitted_ns,
-        };
-        self.connection
-            .send(&request)
-            .map_err(|error| self.failed(error))
+        self.launch(target, Launch::Kernel)
     }
 
     fn poll(&mut self) -> Result<Option<Completion>, EngineError> {

@@ -44,14 +44,27 @@ pub enum Operation {
     MpsAlive,
     /// `MpsServer::stop`.
     MpsStop,
+    /// `Telemetry::processes`.
+    Processes,
     /// `Channels::mark`.
     Mark,
-    /// `Channels::find`.
-    Find,
+    /// `Channels::list`.
+    List,
     /// `Channels::timeslices`.
     Timeslices,
     /// `Channels::set_timeslice`.
     SetTimeslice,
+    /// `Channels::stop`.
+    Stop,
+    /// `Channels::resume`.
+    Resume,
+    /// `Channels::resume` of channels of which some are gone. A failure comes
+    /// after the others were resumed.
+    ResumeGone,
+    /// `Counters::count_launches`.
+    CountLaunches,
+    /// `LaunchCounter::read`.
+    ReadLaunches,
 }
 
 impl Operation {
@@ -81,7 +94,8 @@ pub enum Scope {
     All,
     /// Calls about this GPU, by index.
     Gpu(u32),
-    /// Calls of this process, or of the service about it.
+    /// Calls of this process, or of the service about it, also where they are
+    /// about others besides.
     Process(u32),
 }
 
@@ -105,6 +119,8 @@ pub enum Refused {
     NoGpu(u32),
     /// `DeviceError::NoProcess`.
     NoProcess(u32),
+    /// `DeviceError::NoContext`.
+    NoContext(String),
     /// `DeviceError::Unsupported`.
     Unsupported(String),
     /// `DeviceError::Denied`.
@@ -119,6 +135,7 @@ impl From<Refused> for DeviceError {
             Refused::NoDriver(text) => Self::NoDriver(text),
             Refused::NoGpu(index) => Self::NoGpu(index),
             Refused::NoProcess(pid) => Self::NoProcess(pid),
+            Refused::NoContext(text) => Self::NoContext(text),
             Refused::Unsupported(text) => Self::Unsupported(text),
             Refused::Denied(text) => Self::Denied(text),
             Refused::Failed(text) => Self::Failed(text),
@@ -241,19 +258,19 @@ impl Faults {
         Ok(())
     }
 
-    /// What befalls a call about a GPU and a process, where they are known.
+    /// What befalls a call about a GPU, where it is known, and processes.
     pub(crate) fn strike(
         &mut self,
         operation: Operation,
         gpu: Option<u32>,
-        pid: Option<u32>,
+        pids: &[u32],
     ) -> Option<Hit> {
         for (&id, entry) in &mut self.entries {
             let spec = &entry.spec;
             let concerned = match spec.scope {
                 Scope::All => true,
                 Scope::Gpu(index) => gpu == Some(index),
-                Scope::Process(number) => pid == Some(number),
+                Scope::Process(number) => pids.contains(&number),
             };
             let spent = spec.hits.is_some_and(|hits| entry.seen >= hits);
             if spec.operation == operation && concerned && !spent {
@@ -311,38 +328,39 @@ mod tests {
         faults
             .set(hang(Operation::Place, Scope::Process(7), None))
             .expect("a hang fits every operation");
-        assert!(faults.strike(Operation::Place, Some(0), Some(7)).is_some());
-        assert_eq!(faults.strike(Operation::Place, Some(0), Some(8)), None);
-        assert_eq!(faults.strike(Operation::Submit, Some(0), Some(7)), None);
+        assert!(faults.strike(Operation::Place, Some(0), &[7]).is_some());
+        assert!(faults.strike(Operation::Place, Some(0), &[6, 7]).is_some());
+        assert_eq!(faults.strike(Operation::Place, Some(0), &[6, 8]), None);
+        assert_eq!(faults.strike(Operation::Submit, Some(0), &[7]), None);
     }
 
     #[test]
     fn a_fault_is_over_after_its_hits_or_when_it_is_cleared() {
         let mut faults = Faults::default();
         let twice = faults
-            .set(hang(Operation::Find, Scope::All, Some(2)))
+            .set(hang(Operation::List, Scope::All, Some(2)))
             .expect("a hang fits every operation");
         for _ in 0..2 {
-            assert!(faults.strike(Operation::Find, None, None).is_some());
+            assert!(faults.strike(Operation::List, None, &[]).is_some());
         }
-        assert_eq!(faults.strike(Operation::Find, None, None), None);
+        assert_eq!(faults.strike(Operation::List, None, &[]), None);
         assert_eq!(faults.hits(twice), 2);
         let always = faults
-            .set(hang(Operation::Find, Scope::Gpu(1), None))
+            .set(hang(Operation::List, Scope::Gpu(1), None))
             .expect("a hang fits every operation");
-        assert!(faults.strike(Operation::Find, Some(1), None).is_some());
+        assert!(faults.strike(Operation::List, Some(1), &[]).is_some());
         faults.clear(always);
-        assert_eq!(faults.strike(Operation::Find, Some(1), None), None);
+        assert_eq!(faults.strike(Operation::List, Some(1), &[]), None);
     }
 
     #[test]
     fn an_error_of_the_other_side_is_refused() {
         let mut faults = Faults::default();
-        let mut spec = hang(Operation::Find, Scope::All, None);
+        let mut spec = hang(Operation::List, Scope::All, None);
         spec.effect = Effect::Fail(Failure::Worker(EngineError::Failed(String::new())));
         assert_eq!(
             faults.set(spec),
-            Err(FaultRefused::OtherSide(Operation::Find))
+            Err(FaultRefused::OtherSide(Operation::List))
         );
     }
 
@@ -357,7 +375,7 @@ mod tests {
                 }))
                 .expect("is a probability");
             (0..4000)
-                .map(|_| faults.strike(Operation::Sample, Some(0), None).is_some())
+                .map(|_| faults.strike(Operation::Sample, Some(0), &[]).is_some())
                 .collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));

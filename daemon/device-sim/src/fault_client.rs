@@ -32,6 +32,8 @@ pub struct ClientState {
     pub mps: bool,
     /// Device memory, its context's included, bytes.
     pub memory_bytes: u64,
+    /// Launches that were submitted.
+    pub launched: u64,
     /// Launches that were submitted and have not ended.
     pub in_flight: u64,
     /// Launches that ended complete.
@@ -40,8 +42,17 @@ pub struct ClientState {
     pub units: u128,
     /// Whether its stop flag is raised.
     pub stopped: bool,
-    /// Timeslice of its compute channel group, microseconds.
+    /// Timeslice of the channel group that it launches into, microseconds.
     pub timeslice_usec: u64,
+    /// Its channel groups; none under MPS, and none once it has failed.
+    pub groups: u32,
+    /// Channels of all its groups.
+    pub channels: u32,
+    /// How many of them are disabled.
+    pub disabled_channels: u32,
+    /// Whether its work stands because the channels that it launches into are
+    /// disabled. Others may be, or may not be.
+    pub channels_stopped: bool,
     /// Whether it has failed.
     pub broken: bool,
 }

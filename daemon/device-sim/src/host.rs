@@ -2,20 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use gcgroup_device::{
-    ChannelGroups, Channels, ClientMark, DeviceError, GpuInfo, GpuSample, Host, Mps, MpsServer,
-    Telemetry, Timeslices,
+    ChannelSet, Channels, ClientMark, Counters, DeviceError, GpuInfo, GpuProcess, GpuSample, Host,
+    LaunchCounter, Launches, Mps, MpsServer, Search, Telemetry, Timeslices,
 };
 use gcgroup_kernels::protocol::GpuAddress;
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 
 use crate::connection::{CallError, Connection};
 use crate::cost::CLOCK;
 use crate::engine::MPS_VARIABLE;
 use crate::fault::Failure;
-use crate::wire::{Answer, Request};
+use crate::shape;
+use crate::wire::{Answer, ChannelsOf, Listed, Onward, ProcessLine, Reached, Request};
 
 /// How long [`SimHost::open`] waits for a host that is being started.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -28,6 +31,13 @@ const KEPT: usize = 8;
 const IDLE_MILLIWATT: f64 = 75_000.0;
 const BUSY_MILLIWATT: f64 = 700_000.0;
 
+/// What was found of a process on a GPU.
+#[derive(Clone, Debug)]
+struct Known {
+    set: ChannelSet,
+    reached: Vec<Reached>,
+}
+
 /// A connection to a simulated host.
 ///
 /// Each call has a connection of its own, so one that a fault makes hang holds up
@@ -38,6 +48,8 @@ pub struct SimHost {
     socket: PathBuf,
     description: String,
     idle: Mutex<Vec<Connection>>,
+    /// What was found of processes, by pid and GPU.
+    known: Mutex<BTreeMap<(u32, u32), Known>>,
     /// Xid errors that were counted before this host was opened.
     xids_before: BTreeMap<String, u64>,
 }
@@ -62,6 +74,7 @@ impl SimHost {
             socket: socket.to_owned(),
             description: String::new(),
             idle: Mutex::new(vec![connection]),
+            known: Mutex::default(),
             xids_before: BTreeMap::new(),
         };
         match host.call(&Request::Describe)? {
@@ -90,6 +103,19 @@ impl SimHost {
         Connection::open(&self.socket).map_err(|error| unreachable(&self.socket, &error))
     }
 
+    fn known(&self) -> MutexGuard<'_, BTreeMap<(u32, u32), Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, key: (u32, u32), set: &ChannelSet, reached: Vec<Reached>) {
+        let set = set.clone();
+        let mut known = self.known();
+        if known.insert(key, Known { set, reached }).is_none() {
+            // New processes are rare, so the dead are swept out with each.
+            known.retain(|(pid, _), _| lives(*pid));
+        }
+    }
+
     fn call(&self, request: &Request) -> Result<Answer, DeviceError> {
         let mut connection = self.connection()?;
         let result = connection.call(request, drop);
@@ -102,6 +128,25 @@ impl SimHost {
         }
         result.map_err(explain)
     }
+}
+
+/// Where a search goes on behind what was found before.
+fn onward(search: Search, reached: &[Reached]) -> Option<Onward> {
+    let [most, least] = shape::RECENT_GAP;
+    let gap = match search {
+        Search::Anew | Search::Since(_) => return None,
+        Search::Recent => (most / (reached.len() as u32).max(1)).max(least),
+        Search::Next => shape::NEXT_GAP,
+    };
+    Some(Onward {
+        reached: reached.to_vec(),
+        gap,
+    })
+}
+
+fn lives(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
 fn call(connection: &mut Connection, request: &Request) -> Result<Answer, DeviceError> {
@@ -173,6 +218,20 @@ impl Telemetry for SimHost {
             xids: line.xids.checked_sub(before).unwrap_or(line.xids),
         })
     }
+
+    /// The service's own MPS server is no process here, so it is not among them.
+    fn processes(&self, gpu: &GpuInfo) -> Result<Vec<GpuProcess>, DeviceError> {
+        let lines = match self.call(&Request::Processes { gpu: gpu.index })? {
+            Answer::Processes(lines) => lines,
+            other => return Err(unexpected(&other)),
+        };
+        let process = |line: ProcessLine| GpuProcess {
+            pid: line.pid,
+            kind: line.kind.into(),
+            memory_bytes: Some(line.memory_bytes),
+        };
+        Ok(lines.into_iter().map(process).collect())
+    }
 }
 
 impl Mps for SimHost {
@@ -243,32 +302,54 @@ impl Channels for SimHost {
         }
     }
 
-    fn find(
-        &self,
-        pid: u32,
-        gpu: &GpuInfo,
-        mark: ClientMark,
-    ) -> Result<ChannelGroups, DeviceError> {
-        let request = Request::Find {
+    /// A search takes no time. One for what is recent finds and misses what it does
+    /// on a real host: what was found stands, gone or not, and a new object is found
+    /// within so many unused handles behind it. After a new client everything is
+    /// looked up. There is no slow sweep beyond.
+    fn list(&self, pid: u32, gpu: &GpuInfo, search: Search) -> Result<ChannelSet, DeviceError> {
+        let key = (pid, gpu.index);
+        let above = match search {
+            Search::Since(mark) => mark.0,
+            Search::Anew | Search::Recent | Search::Next => 0,
+        };
+        let before = self.known().get(&key).cloned();
+        let request = Request::List {
             pid,
             gpu: gpu.index,
-            mark: mark.0,
+            above,
+            onward: before
+                .as_ref()
+                .and_then(|known| onward(search, &known.reached)),
         };
-        match self.call(&request)? {
-            Answer::Found { client, groups } => Ok(ChannelGroups {
-                pid,
-                client,
-                groups,
-            }),
-            other => Err(unexpected(&other)),
+        let found = match self.call(&request) {
+            Ok(Answer::Listed(found)) => found,
+            Ok(other) => return Err(unexpected(&other)),
+            Err(error) => {
+                if matches!(error, DeviceError::NoProcess(_)) {
+                    self.known().remove(&key);
+                }
+                return Err(error);
+            }
+        };
+        let Listed {
+            mut set, reached, ..
+        } = found;
+        if let (false, Some(before)) = (found.whole, before) {
+            let new = set.beyond(&before.set);
+            set = before.set;
+            set.groups.extend(new.groups);
+            set.channels.extend(new.channels);
+            set.groups.sort_unstable();
+            set.channels.sort_unstable();
         }
+        self.remember(key, &set, reached);
+        Ok(set)
     }
 
-    fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError> {
+    fn timeslices(&self, set: &ChannelSet) -> Result<Timeslices, DeviceError> {
         let request = Request::Timeslices {
-            pid: groups.pid,
-            client: groups.client,
-            groups: groups.groups.clone(),
+            pid: set.pid,
+            groups: set.groups.clone(),
         };
         match self.call(&request)? {
             Answer::Timeslices(usec) => Ok(Timeslices { usec }),
@@ -276,11 +357,10 @@ impl Channels for SimHost {
         }
     }
 
-    fn set_timeslice(&self, groups: &ChannelGroups, usec: u64) -> Result<Timeslices, DeviceError> {
+    fn set_timeslice(&self, set: &ChannelSet, usec: u64) -> Result<Timeslices, DeviceError> {
         let request = Request::SetTimeslice {
-            pid: groups.pid,
-            client: groups.client,
-            groups: groups.groups.clone(),
+            pid: set.pid,
+            groups: set.groups.clone(),
             usec,
         };
         match self.call(&request)? {
@@ -290,6 +370,54 @@ impl Channels for SimHost {
             Answer::Timeslices(read) => Err(DeviceError::Failed(format!(
                 "timeslices of {usec} us were set and {read:?} read back"
             ))),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Everything stands at the beginning of the call, which takes as long as was
+    /// measured all the same.
+    fn stop(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        self.call(&Request::Stop(channels_of(gpu, sets))).map(drop)
+    }
+
+    fn resume(&self, gpu: &GpuInfo, sets: &[ChannelSet]) -> Result<(), DeviceError> {
+        self.call(&Request::Resume(channels_of(gpu, sets)))
+            .map(drop)
+    }
+}
+
+/// The channels alone: a stop does not look at groups.
+fn channels_of(gpu: &GpuInfo, sets: &[ChannelSet]) -> ChannelsOf {
+    let channels = |set: &ChannelSet| ChannelSet {
+        pid: set.pid,
+        groups: Vec::new(),
+        channels: set.channels.clone(),
+    };
+    ChannelsOf {
+        gpu: gpu.index,
+        sets: sets.iter().map(channels).collect(),
+    }
+}
+
+impl Counters for SimHost {
+    fn count_launches(&self, pid: u32) -> Result<Box<dyn LaunchCounter>, DeviceError> {
+        let mut connection =
+            Connection::open(&self.socket).map_err(|error| unreachable(&self.socket, &error))?;
+        call(&mut connection, &Request::CountLaunches { pid })?;
+        Ok(Box::new(SimCounter { connection }))
+    }
+}
+
+/// A counter of the simulated host. It ends with this value, or with the process.
+#[derive(Debug)]
+struct SimCounter {
+    connection: Connection,
+}
+
+impl LaunchCounter for SimCounter {
+    fn read(&mut self) -> Result<Launches, DeviceError> {
+        match call(&mut self.connection, &Request::ReadLaunches)? {
+            Answer::Launches { total, graphs } => Ok(Launches { total, graphs }),
             other => Err(unexpected(&other)),
         }
     }

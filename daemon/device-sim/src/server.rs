@@ -29,12 +29,15 @@ use thiserror::Error;
 use crate::connection::now_ns;
 use crate::dispatch::{Heed, Outcome, Peer, Role, Simulation};
 use crate::fault::{FaultId, Faults, RandomFaults};
-use crate::server::client::{Client, Hold, Received};
+use crate::server::client::{Client, Held, Hold, Received};
 use crate::shape;
 use crate::wire::{Answer, LONGEST, Message, Request};
 use crate::world::{ContextId, Notice, World};
 
 mod client;
+mod latency;
+
+pub use latency::ChannelLatency;
 
 /// Name of the socket in the state directory.
 pub const SOCKET_NAME: &str = "sim.sock";
@@ -65,6 +68,8 @@ pub struct SimOptions {
     pub mps_slots: u32,
     /// Time from a raised stop flag to the end of a sliced launch, microseconds.
     pub stop_latency_us: f64,
+    /// How long calls take that stop and resume channels.
+    pub channel_latency: ChannelLatency,
     /// How long the host stays without a client.
     pub linger: Duration,
     /// Faults from the start.
@@ -82,6 +87,7 @@ impl SimOptions {
             seed: 0,
             mps_slots: shape::MPS_SLOTS,
             stop_latency_us: 60.0,
+            channel_latency: ChannelLatency::default(),
             linger: Duration::from_secs(10),
             random_faults: None,
         }
@@ -200,6 +206,7 @@ impl Server {
             world,
             faults,
             seed: options.seed,
+            latency: options.channel_latency,
         };
         Ok(Self {
             simulation,
@@ -350,11 +357,18 @@ impl Server {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        if let (Request::Open { .. }, Role::Context(context)) = (&request, client.peer.role) {
-            self.of_context.insert(context, id);
+        match (&request, client.peer.role) {
+            (Request::Open { .. }, Role::Context(context)) => {
+                self.of_context.insert(context, id);
+            }
+            (Request::Close, Role::Caller) => self.of_context.retain(|_, owner| *owner != id),
+            _ => {}
         }
         let hold = match outcome {
             Outcome::Reply(result) => return client.say(&Message::Reply(result)),
+            Outcome::Late(usec, result) => {
+                return client.say_at(due_ns(usec), Message::Reply(result));
+            }
             Outcome::Silent => return,
             Outcome::Cut => return self.part(id),
             Outcome::CutProcess(pid) => {
@@ -362,7 +376,7 @@ impl Server {
                 return self.cut(pid);
             }
             Outcome::HoldFor(fault) => Hold::Fault(fault),
-            Outcome::Delay(usec) => Hold::Until(now_ns().saturating_add(usec.saturating_mul(1000))),
+            Outcome::Delay(usec) => Hold::Until(due_ns(usec)),
         };
         if !matches!(request, Request::Submit { .. }) {
             client.say(&Message::Held);
@@ -384,7 +398,7 @@ impl Server {
         }
     }
 
-    /// Goes on with what faults have kept back long enough.
+    /// Goes on with what was kept back long enough.
     fn release(&mut self, now: u64) {
         let faults = &self.simulation.faults;
         let over = |fault: FaultId| !faults.is_set(fault);
@@ -395,13 +409,18 @@ impl Server {
             .map(|(&id, _)| id)
             .collect();
         for id in ids {
-            if let Some(client) = self.clients.get_mut(&id)
-                && let Some(request) = client.take_held()
-            {
-                let outcome = self
-                    .simulation
-                    .handle(&mut client.peer, &request, Heed::Nothing);
-                self.conclude(id, request, outcome);
+            let Some(client) = self.clients.get_mut(&id) else {
+                continue;
+            };
+            match client.take_held() {
+                Some(Held::Request(request, _)) => {
+                    let outcome = self
+                        .simulation
+                        .handle(&mut client.peer, &request, Heed::Nothing);
+                    self.conclude(id, request, outcome);
+                }
+                Some(Held::Answer(message, _)) => client.say(&message),
+                None => {}
             }
         }
     }
@@ -449,6 +468,11 @@ impl Server {
             self.idle_since_ns = Some(now_ns());
         }
     }
+}
+
+/// CLOCK_MONOTONIC nanoseconds so many microseconds from now.
+fn due_ns(usec: u64) -> u64 {
+    now_ns().saturating_add(usec.saturating_mul(1000))
 }
 
 fn take_lock(state: &Path) -> Result<File, ServeError> {

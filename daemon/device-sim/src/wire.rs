@@ -6,15 +6,38 @@
 //! has no reply: it is sent thousands of times a second, and what goes wrong with
 //! it comes as [`Message::Broken`].
 
+use gcgroup_device::{ChannelSet, Handle, ProcessKind};
 use gcgroup_kernels::engine::{EngineError, Facts, Placement, Plan};
 use serde::{Deserialize, Serialize};
 
 use crate::fault::{Failure, FaultId, FaultSpec, Operation, RandomFaults};
 use crate::fault_client::ClientState;
 
-/// The longest packet in bytes, with much room: the largest is the list of all
-/// clients.
-pub(crate) const LONGEST: usize = 128 * 1024;
+/// The longest packet in bytes. The largest are the list of all clients and a
+/// stop of many processes: each of these takes less than a kilobyte. A socket
+/// takes 208 KiB at once unless the system was told otherwise.
+pub(crate) const LONGEST: usize = 192 * 1024;
+
+/// What a program launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Launch {
+    Kernel,
+    /// A graph of one kernel.
+    Graph,
+}
+
+/// As what a process opens a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum OpenAs {
+    Program,
+    /// The client of the MPS server with this token.
+    MpsClient(String),
+    /// An MPS server that the service did not start. It is a program, but for its
+    /// name in the list of processes.
+    MpsServer,
+}
 
 /// What a client asks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,8 +46,18 @@ pub(crate) enum Request {
     /// Makes the context that this connection then stands for.
     Open {
         gpu: u32,
-        mps: Option<String>,
+        open_as: OpenAs,
     },
+    /// Ends the context; the connection then stands for nothing.
+    Close,
+    /// Adds a channel group to the context, and launches there from then on.
+    AddGroup,
+    /// Removes the group that was added last.
+    RemoveGroup,
+    /// Adds a channel to the group that the context launches into.
+    AddChannel,
+    /// Makes many objects and frees them: the next one lies far off.
+    SkipHandles,
     Prepare(Plan),
     Allocate {
         bytes: u64,
@@ -33,6 +66,7 @@ pub(crate) enum Request {
     Submit {
         target: u64,
         submitted_ns: u64,
+        launch: Launch,
     },
     RaiseStop,
     LowerStop,
@@ -51,23 +85,34 @@ pub(crate) enum Request {
     },
     MpsAlive,
     MpsStop,
+    Processes {
+        gpu: u32,
+    },
     Mark,
-    Find {
+    /// What a process has on a GPU, where its clients are above the mark.
+    List {
         pid: u32,
         gpu: u32,
-        mark: u32,
+        above: u32,
+        /// Goes on behind what was found before, where that stands.
+        onward: Option<Onward>,
     },
     Timeslices {
         pid: u32,
-        client: u32,
-        groups: Vec<u32>,
+        groups: Vec<Handle>,
     },
     SetTimeslice {
         pid: u32,
-        client: u32,
-        groups: Vec<u32>,
+        groups: Vec<Handle>,
         usec: u64,
     },
+    Stop(ChannelsOf),
+    Resume(ChannelsOf),
+    /// Makes the counter that this connection then stands for.
+    CountLaunches {
+        pid: u32,
+    },
+    ReadLaunches,
     SetFault(FaultSpec),
     ClearFault(FaultId),
     ClearFaults,
@@ -93,7 +138,8 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// The operation that faults know it by; control requests have none.
+    /// The operation that faults know it by. Control requests have none, nor has
+    /// what a program does on its own.
     pub(crate) fn operation(&self) -> Option<Operation> {
         Some(match self {
             Self::Open { .. } => Operation::Open,
@@ -110,11 +156,21 @@ impl Request {
             Self::MpsStart { .. } => Operation::MpsStart,
             Self::MpsAlive => Operation::MpsAlive,
             Self::MpsStop => Operation::MpsStop,
+            Self::Processes { .. } => Operation::Processes,
             Self::Mark => Operation::Mark,
-            Self::Find { .. } => Operation::Find,
+            Self::List { .. } => Operation::List,
             Self::Timeslices { .. } => Operation::Timeslices,
             Self::SetTimeslice { .. } => Operation::SetTimeslice,
-            Self::Describe
+            Self::Stop(_) => Operation::Stop,
+            Self::Resume(_) => Operation::Resume,
+            Self::CountLaunches { .. } => Operation::CountLaunches,
+            Self::ReadLaunches => Operation::ReadLaunches,
+            Self::Close
+            | Self::AddGroup
+            | Self::RemoveGroup
+            | Self::AddChannel
+            | Self::SkipHandles
+            | Self::Describe
             | Self::MpsSlots
             | Self::SetFault(_)
             | Self::ClearFault(_)
@@ -174,15 +230,78 @@ pub(crate) enum Answer {
     Slots(u32),
     MpsToken(String),
     Alive(bool),
+    Processes(Vec<ProcessLine>),
     Mark(u32),
-    Found {
-        client: u32,
-        groups: Vec<u32>,
+    Listed(Listed),
+    Launches {
+        total: u64,
+        graphs: u64,
     },
     Timeslices(Vec<u64>),
     Fault(FaultId),
     Hits(u64),
     Clients(Vec<ClientState>),
+}
+
+/// How far the objects of a driver client were looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Reached {
+    pub(crate) client: u32,
+    /// The handle after the highest one that was in use.
+    pub(crate) next: u32,
+}
+
+/// A search behind what was found before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Onward {
+    /// The clients that were found, each with how far it was looked at.
+    pub(crate) reached: Vec<Reached>,
+    /// Unused handles that end the search.
+    pub(crate) gap: u32,
+}
+
+/// What a search found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listed {
+    pub(crate) set: ChannelSet,
+    pub(crate) reached: Vec<Reached>,
+    /// Whether it is everything; else it is what was found behind.
+    pub(crate) whole: bool,
+}
+
+/// What a stop or a resume acts on: the channels of each process on a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ChannelsOf {
+    pub(crate) gpu: u32,
+    pub(crate) sets: Vec<ChannelSet>,
+}
+
+/// One process on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProcessLine {
+    pub(crate) pid: u32,
+    pub(crate) kind: Kind,
+    pub(crate) memory_bytes: u64,
+}
+
+/// `ProcessKind` as it travels, the weaker first: a process that is several on
+/// one GPU counts as the last of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Kind {
+    MpsClient,
+    Program,
+    MpsServer,
+}
+
+impl From<Kind> for ProcessKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::MpsClient => Self::MpsClient,
+            Kind::Program => Self::Program,
+            Kind::MpsServer => Self::MpsServer,
+        }
+    }
 }
 
 /// One GPU.

@@ -7,6 +7,8 @@
 
 mod channel;
 mod context;
+mod control;
+mod count;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -15,12 +17,14 @@ use std::collections::BTreeMap;
 
 use gcgroup_kernels::engine::{EngineError, Form, Placement, Plan};
 
-pub(crate) use channel::ClientMissing;
 use context::{Context, Workload};
 pub(crate) use context::{ContextId, Ended};
+pub(crate) use control::{Gone, Missing};
+pub(crate) use count::{CounterId, Counters};
 
 use crate::rate::{self, Demand, Usage};
 use crate::shape;
+use crate::wire::Launch;
 
 /// Time that one change from one context to another takes, microseconds: a 460 us
 /// kernel beside a process with 20 us slices took 617 us, which is two changes.
@@ -90,6 +94,7 @@ pub(crate) struct World {
     next_id: u64,
     /// Counter of driver clients of the whole host.
     next_client: u32,
+    pub(crate) counters: Counters,
     notices: Vec<Notice>,
     /// Whether what runs where has changed since the rates were computed.
     stale: bool,
@@ -108,6 +113,7 @@ impl World {
             servers: BTreeMap::new(),
             next_id: 1,
             next_client: shape::FIRST_CLIENT,
+            counters: Counters::default(),
             notices: Vec::new(),
             stale: false,
         }
@@ -180,7 +186,7 @@ impl World {
         }
     }
 
-    /// Puts the next launch of a context on the device.
+    /// Puts the next launch of a context on the device, where its channels let it.
     fn settle(&mut self, id: ContextId) {
         if let Some(context) = self.contexts.get_mut(&id) {
             let ended = context.start_next(self.now_ns);
@@ -340,6 +346,7 @@ impl World {
         id: ContextId,
         target: u64,
         submitted_ns: u64,
+        launch: Launch,
     ) -> Result<(), EngineError> {
         let context = self.context(id)?;
         if context.workload.is_none() {
@@ -348,6 +355,8 @@ impl World {
             ));
         }
         context.queue(target, submitted_ns);
+        let pid = context.pid;
+        self.counters.add(pid, launch);
         self.settle(id);
         Ok(())
     }
@@ -497,11 +506,12 @@ impl World {
 fn share_out(contexts: &mut BTreeMap<ContextId, Context>, gpu: u32) -> Usage {
     let mut turns: BTreeMap<Turn, (u64, Vec<ContextId>)> = BTreeMap::new();
     for (&id, context) in contexts.iter() {
-        if context.gpu == gpu && context.has_head() {
-            let (turn, usec) = match context.mps {
-                Some(server) => (Turn::Mps(server), shape::TIMESLICES_USEC[0]),
-                None => (Turn::Own(id), context.timeslices_usec[0]),
+        if context.gpu == gpu && context.runs() {
+            let turn = match context.mps {
+                Some(server) => Turn::Mps(server),
+                None => Turn::Own(id),
             };
+            let usec = context.client.timeslice_usec();
             turns.entry(turn).or_insert((usec, Vec::new())).1.push(id);
         }
     }

@@ -5,9 +5,15 @@
 //! above this crate knows which of them it talks to. All calls may block and
 //! are made from lanes or from threads of their own, never from the controller.
 
+mod channels;
+mod counters;
+
 use std::path::Path;
 
 use thiserror::Error;
+
+pub use channels::{ChannelSet, Channels, ClientMark, Handle, Search, Timeslices};
+pub use counters::{Counters, LaunchCounter, Launches};
 
 /// Why a host did not do what it was asked, by what the caller can do about it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -21,6 +27,10 @@ pub enum DeviceError {
     /// The process has ended.
     #[error("process {0} is gone")]
     NoProcess(u32),
+    /// The process lives, but has nothing on this GPU that could be controlled
+    /// now; it may have again, as after a restore from a checkpoint.
+    #[error("{0}")]
+    NoContext(String),
     /// This host cannot do it; asking again is useless.
     #[error("{0}")]
     Unsupported(String),
@@ -72,6 +82,36 @@ pub trait Telemetry: Send + Sync {
     /// # Errors
     /// [`DeviceError::NoGpu`] when it was lost.
     fn sample(&self, gpu: &GpuInfo) -> Result<GpuSample, DeviceError>;
+
+    /// The processes that compute on one GPU, each once, in no order. Those that
+    /// only draw are left out.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoGpu`] when it was lost.
+    fn processes(&self, gpu: &GpuInfo) -> Result<Vec<GpuProcess>, DeviceError>;
+}
+
+/// A process that computes on a GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuProcess {
+    /// Thread-group id in the service's pid namespace.
+    pub pid: u32,
+    /// What it is to the driver.
+    pub kind: ProcessKind,
+    /// Device memory it uses, its context included, bytes; `None` where the
+    /// driver does not say.
+    pub memory_bytes: Option<u64>,
+}
+
+/// What a process on a GPU is to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessKind {
+    /// A program with channels of its own.
+    Program,
+    /// An MPS server; its channel groups hold the work of all its clients.
+    MpsServer,
+    /// A client of an MPS server, without channel groups of its own.
+    MpsClient,
 }
 
 /// The private MPS server under which workers share a GPU spatially.
@@ -113,62 +153,8 @@ pub trait MpsServer: Send {
     fn stop(self: Box<Self>);
 }
 
-/// A mark in the host's counter of driver clients: what a process opens after
-/// it has been taken has a handle above it. Keeps the search for a process's
-/// client short, since each wrong guess is a line in the kernel's log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ClientMark(pub u32);
-
-/// The compute channel groups of a process on one GPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ChannelGroups {
-    /// Thread-group id.
-    pub pid: u32,
-    /// Handle of the driver client that owns them.
-    pub client: u32,
-    /// Handles of the groups, in the order in which they were found.
-    pub groups: Vec<u32>,
-}
-
-/// Timeslices as the driver reports them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Timeslices {
-    /// Microseconds of each group of [`ChannelGroups::groups`], in its order.
-    pub usec: Vec<u64>,
-}
-
-/// Control of another process's channel groups through the driver.
-pub trait Channels: Send + Sync {
-    /// A mark to take before a process opens the GPU.
-    ///
-    /// # Errors
-    /// [`DeviceError::Unsupported`] for a driver whose layouts are not known.
-    fn mark(&self) -> Result<ClientMark, DeviceError>;
-
-    /// Finds the channel groups of a process that opened the GPU after `mark`.
-    ///
-    /// # Errors
-    /// [`DeviceError::NoProcess`], [`DeviceError::Denied`], or
-    /// [`DeviceError::Failed`] when it has none.
-    fn find(&self, pid: u32, gpu: &GpuInfo, mark: ClientMark)
-    -> Result<ChannelGroups, DeviceError>;
-
-    /// Reads the timeslices back from the driver.
-    ///
-    /// # Errors
-    /// As [`Channels::find`].
-    fn timeslices(&self, groups: &ChannelGroups) -> Result<Timeslices, DeviceError>;
-
-    /// Sets the timeslice of each group, in microseconds, and reads it back.
-    ///
-    /// # Errors
-    /// As [`Channels::find`]; [`DeviceError::Failed`] when another value was
-    /// read back.
-    fn set_timeslice(&self, groups: &ChannelGroups, usec: u64) -> Result<Timeslices, DeviceError>;
-}
-
 /// A host with GPUs.
-pub trait Host: Telemetry + Mps + Channels {
+pub trait Host: Telemetry + Mps + Channels + Counters {
     /// One line for people: which host this is, with its driver's version.
     fn describe(&self) -> String;
 

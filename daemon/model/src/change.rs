@@ -1,11 +1,16 @@
 //! What a write asks for, and how it can be refused.
 
+use std::fmt;
+use std::str::FromStr;
+
 use thiserror::Error;
 
+use crate::row::File;
 use crate::snapshot::NodeId;
 use crate::spec::{SpecError, WorkloadSpec};
 use crate::value::{
-    FreezeSet, PartitionName, PartitionRef, Priority, Quota, SmRequest, Switch, ValueError,
+    FreezeSet, One, PartitionName, PartitionRef, Priority, Quota, SmRequest, Switch, ValueError,
+    number,
 };
 
 /// A setting of one process on one GPU.
@@ -23,6 +28,20 @@ pub enum Setting {
     Kill,
 }
 
+impl Setting {
+    /// The file that it is written to.
+    #[must_use]
+    pub fn file(&self) -> File {
+        match self {
+            Self::Priority(_) => File::Priority,
+            Self::Freeze(_) => File::Freeze,
+            Self::Max(_) => File::Max,
+            Self::Partition(_) => File::Partition,
+            Self::Kill => File::Kill,
+        }
+    }
+}
+
 /// The directory whose file was written.
 ///
 /// It names a node, not a pid or a path: a pid that was given to another
@@ -37,6 +56,8 @@ pub enum Change {
     Set(Target, Setting),
     /// gcgroup.freeze.
     FreezeMany(FreezeSet),
+    /// gcgroup.pending.
+    Pend(Pending),
     /// sm.count of a partition.
     Resize(Target, SmRequest),
     /// mkdir in `partitions/<gpu>`.
@@ -55,6 +76,62 @@ pub enum Change {
     },
     /// gcgroup.launch.
     Launch(Box<WorkloadSpec>),
+}
+
+/// A setting that waits for the first GPU context of a process, or of one that
+/// descends from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// Thread-group id.
+    pub pid: u32,
+    /// What shall be set.
+    pub setting: Setting,
+}
+
+impl Pending {
+    /// The values that are allowed, in words.
+    pub const ALLOWED: &str = "'PID FILE VALUE' with a FILE of compute.priority, compute.freeze and compute.max, and a VALUE that it takes";
+}
+
+impl FromStr for Pending {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let invalid = || ValueError::Invalid {
+            found: text.to_owned(),
+            allowed: Self::ALLOWED,
+        };
+        let mut words = text.splitn(3, ' ');
+        let (Some(pid), Some(file), Some(value)) = (words.next(), words.next(), words.next())
+        else {
+            return Err(invalid());
+        };
+        let pid = u32::try_from(number(pid, Self::ALLOWED)?).map_err(|_| invalid())?;
+        let named = |known: File| file == known.name();
+        let setting = if named(File::Priority) {
+            Setting::Priority(value.parse()?)
+        } else if named(File::Freeze) {
+            Setting::Freeze(value.parse()?)
+        } else if named(File::Max) {
+            Setting::Max(value.parse()?)
+        } else {
+            return Err(invalid());
+        };
+        Ok(Self { pid, setting })
+    }
+}
+
+impl fmt::Display for Pending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ", self.pid, self.setting.file().name())?;
+        match &self.setting {
+            Setting::Priority(value) => value.fmt(f),
+            Setting::Freeze(value) => value.fmt(f),
+            Setting::Max(value) => value.fmt(f),
+            Setting::Partition(value) => value.fmt(f),
+            Setting::Kill => One.fmt(f),
+        }
+    }
 }
 
 /// Who asked, for the log.
@@ -178,5 +255,42 @@ impl From<ValueError> for Refusal {
 impl From<SpecError> for Refusal {
     fn from(error: SpecError) -> Self {
         Self::Spec(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_names_a_process_a_file_and_a_value() {
+        for text in [
+            "12 compute.priority 3",
+            "12 compute.freeze 1",
+            "12 compute.max 30000 100000",
+            "12 compute.max max 100000",
+        ] {
+            let pending: Pending = text.parse().expect("it is in the grammar");
+            assert_eq!(pending.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn only_settings_that_can_wait_are_taken() {
+        for text in [
+            "",
+            "12",
+            "12 compute.priority",
+            "12 compute.priority 16",
+            "12 compute.partition a",
+            "12 gcgroup.kill 1",
+            "12 gcgroup.stat 1",
+            "x compute.freeze 1",
+            "4294967296 compute.freeze 1",
+            "12  compute.freeze 1",
+        ] {
+            let error = text.parse::<Pending>().expect_err(text);
+            assert!(matches!(error, ValueError::Invalid { .. }), "{text}");
+        }
     }
 }

@@ -15,6 +15,8 @@ pub enum File {
     Launch,
     /// Freezes several processes in one step.
     FreezeMany,
+    /// Settings that wait for a process's first GPU context.
+    Pending,
     /// The service's own counters.
     ServiceStat,
     /// Product name of a GPU.
@@ -185,6 +187,8 @@ pub enum Grammar {
     One,
     /// [`crate::value::FreezeSet`].
     FreezeSet,
+    /// [`crate::change::Pending`].
+    Pending,
     /// [`crate::spec::WorkloadSpec`].
     Spec,
 }
@@ -202,6 +206,7 @@ impl Grammar {
             Self::SmRequest => "a number of SMs, or 'max'",
             Self::One => "1",
             Self::FreezeSet => "'0 PID...' or '1 PID...'",
+            Self::Pending => crate::change::Pending::ALLOWED,
             Self::Spec => "a workload as one JSON object",
         }
     }
@@ -212,7 +217,15 @@ impl Grammar {
         match self {
             Self::Spec => 64 * 1024,
             Self::FreezeSet => 64 * 1024,
-            _ => 31,
+            // A pid, the longest name of a setting and its value.
+            Self::Pending => 127,
+            Self::None
+            | Self::Priority
+            | Self::Switch
+            | Self::Quota
+            | Self::PartitionRef
+            | Self::SmRequest
+            | Self::One => 31,
         }
     }
 }
@@ -316,6 +329,8 @@ pub static ROWS: &[Row] = &[
        "Launches a workload: write one JSON object, read the answer on the same descriptor. The write that completes the object returns when the workload is ready, or fails with the reason."),
     rw(File::FreezeMany, Place::Root, "gcgroup.freeze", Grammar::FreezeSet, ("", ""),
        "Freezes (1) or thaws (0) several processes in one step, all or none. Reads as the frozen pids, one a line."),
+    rw(File::Pending, Place::Root, "gcgroup.pending", Grammar::Pending, ("", ""),
+       "A setting for a process that has no GPU context yet: write 'PID FILE VALUE'. It comes into force with the first context of that process or of one that it started, on each GPU; a later write for the same process and file replaces it. Reads as what waits, one a line."),
     ro(File::ServiceStat, Place::Root, "gcgroup.stat", "", "The service's own counters, 'key: value' a line."),
 
     ro(File::GpuName, Place::Gpu, "name", "", "Product name."),
@@ -341,21 +356,21 @@ pub static ROWS: &[Row] = &[
     ro(File::Uid, Place::Process, "uid", "", "User of the process."),
     ro(File::Comm, Place::Process, "comm", "", "Name of the process."),
 
-    ro(File::MemoryCurrent, Place::ProcessGpu, "memory.current", "bytes", "Bytes resident on the device: what the workload allocated, in pages."),
+    ro(File::MemoryCurrent, Place::ProcessGpu, "memory.current", "bytes", "Bytes resident on the device: what the workload allocated, in pages; of a process that the service did not launch the driver's figure, its context included."),
     ro(File::MemoryPeak, Place::ProcessGpu, "memory.peak", "bytes", "Highest memory.current."),
     rw(File::Priority, Place::ProcessGpu, "compute.priority", Grammar::Priority, ("", "8"),
-       "0 is the most important, 15 the least. Under temporal sharing the timeslice of the compute channel groups, 524288 >> p microseconds; under spatial sharing the priority of the CUDA stream, -5 + p*6/16, which orders blocks that wait for room on an SM and changes nothing where all blocks fit."),
+       "0 is the most important, 15 the least. Of a process that the service did not launch, and under temporal sharing, the timeslice of the compute channel groups, 524288 >> p microseconds; under spatial sharing the priority of the CUDA stream, -5 + p*6/16, which orders blocks that wait for room on an SM and changes nothing where all blocks fit."),
     rw(File::Freeze, Place::ProcessGpu, "compute.freeze", Grammar::Switch, ("", "0"),
        "1 stops the process on the GPU, 0 lets it run. The write returns when that is so."),
     rw(File::Max, Place::ProcessGpu, "compute.max", Grammar::Quota, ("microseconds", "max 100000"),
-       "GPU time allowed in each period: 'QUOTA PERIOD' or 'max'."),
+       "GPU time allowed in each period: 'QUOTA PERIOD' or 'max'. Of a process that the service did not launch a window in which it may run, whatever it uses of it; the period is 50000 at least then."),
     rw(File::Partition, Place::ProcessGpu, "compute.partition", Grammar::PartitionRef, ("", "none"),
        "Partition whose SMs the process uses, 'none' for all of them."),
     ro(File::Stat, Place::ProcessGpu, "gcgroup.stat", "", "Counters of the process, 'key: value' a line."),
     events(File::Events, Place::ProcessGpu, "gcgroup.events",
        "State of the process: 'populated', 'frozen', 'held' and 'pending', each 0 or 1. poll(2) reports a change."),
     ro(File::Enforcers, Place::ProcessGpu, "gcgroup.enforcers", "", "Each writable file and the mechanism that makes it true now, or 'none' and the reason."),
-    wo(File::Kill, Place::ProcessGpu, "gcgroup.kill", Grammar::One, "1 asks the workload to end, and kills it after 500 ms."),
+    wo(File::Kill, Place::ProcessGpu, "gcgroup.kill", Grammar::One, "1 ends the process: a workload is asked to and killed after 500 ms, others are killed at once."),
 
     ro(File::WorkloadSpec, Place::Workload, "workload.spec", "", "The spec the workload runs with, as JSON, every field filled in."),
     ro(File::WorkloadSamples, Place::Workload, "workload.samples", "", "Recent launches as CSV, newest last."),

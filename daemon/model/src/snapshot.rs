@@ -22,6 +22,8 @@ pub struct Snapshot {
     pub partitions: BTreeMap<(u32, PartitionName), Arc<Partition>>,
     /// Processes by thread-group id.
     pub processes: BTreeMap<u32, Arc<Process>>,
+    /// Lines of gcgroup.pending.
+    pub pending: Vec<String>,
     /// The service's own counters, in the order in which they are shown.
     pub service: Vec<(&'static str, u64)>,
 }
@@ -51,8 +53,10 @@ pub struct Gpu {
     pub utilization: Vec<(&'static str, u64)>,
     /// Lines of device.events.
     pub events: DeviceEvents,
-    /// Lines of gcgroup.enforcers.
+    /// Lines of gcgroup.enforcers for workloads of the service.
     pub enforcers: Enforcers,
+    /// The same for processes of others.
+    pub attached: Enforcers,
 }
 
 /// Counters of device.events.
@@ -166,8 +170,10 @@ pub struct EntryEvents {
 /// for this process; its line is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
-    /// Kernels handed to the driver.
+    /// Kernels handed to the driver; a graph counts as one.
     pub submitted: Option<u64>,
+    /// Graphs among them.
+    pub graph_launches: Option<u64>,
     /// Kernels that ran to their end.
     pub ended: Option<u64>,
     /// Iterations done by all blocks together, exact while frozen.
@@ -205,6 +211,7 @@ impl Stat {
             ("nr_submitted_kernels", self.submitted),
             ("nr_ended_kernels", self.ended),
             ("nr_pending_kernels", self.pending()),
+            ("nr_graph_launches", self.graph_launches),
             ("usage_usec", self.usage_usec),
             ("throttled_usec", self.throttled_usec),
             ("frozen_usec", self.frozen_usec),
@@ -249,6 +256,8 @@ pub enum Enforcer {
     Checkpoint,
     /// A cap only: under temporal sharing a partition isolates nothing.
     Cap,
+    /// A signal through the process's pidfd.
+    Signal,
     /// Nothing can, for this reason.
     None(String),
 }
@@ -261,6 +270,7 @@ impl std::fmt::Display for Enforcer {
             Self::ChannelWindow => f.write_str("channel-window"),
             Self::Checkpoint => f.write_str("checkpoint"),
             Self::Cap => f.write_str("cap"),
+            Self::Signal => f.write_str("signal"),
             Self::None(reason) => write!(f, "none {reason}"),
         }
     }

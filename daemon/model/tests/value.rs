@@ -34,6 +34,7 @@ fn read(grammar: Grammar, written: &[u8]) -> Result<String, ValueError> {
         Grammar::SmRequest => of::<SmRequest>(text),
         Grammar::One => of::<One>(text),
         Grammar::FreezeSet => of::<FreezeSet>(text),
+        Grammar::Pending => of::<gcgroup_model::change::Pending>(text),
         Grammar::None | Grammar::Spec => panic!("{grammar:?} has no value"),
     }
 }

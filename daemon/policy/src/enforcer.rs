@@ -30,8 +30,11 @@ pub struct Capabilities {
     pub green_contexts: Result<(), String>,
     /// Whether stream priorities order the work of different processes.
     pub stream_priorities: Result<(), String>,
-    /// Whether channel control has proved itself on processes of our own.
+    /// Whether timeslices order the workloads of the service.
     pub channels: Result<(), String>,
+    /// Whether channel control has proved itself on processes of our own, so that
+    /// those of others may be touched.
+    pub attach: Result<(), String>,
 }
 
 /// Who started a process.
@@ -39,8 +42,10 @@ pub struct Capabilities {
 pub enum Origin {
     /// The service: a worker of ours runs in it.
     Launched,
-    /// Somebody else.
+    /// Somebody else: a program, or an MPS server that stands for its clients.
     Attached,
+    /// Somebody else, as a client of an MPS server that is not the service's.
+    MpsClient,
 }
 
 /// The mechanism behind one writable file of a process.
@@ -57,11 +62,19 @@ pub fn enforcer(origin: Origin, file: File, can: &Capabilities) -> Enforcer {
             Sharing::Spatial => chosen(&can.stream_priorities, Enforcer::Worker),
             Sharing::Temporal => chosen(&can.channels, Enforcer::Channel),
         },
-        (Origin::Attached, File::Kill) => Enforcer::Worker,
-        (Origin::Attached, _) => {
-            Enforcer::None("the process was not launched by this service".to_owned())
+        (Origin::Attached | Origin::MpsClient, File::Kill) => Enforcer::Signal,
+        (Origin::Attached, File::Freeze | File::Priority) => chosen(&can.attach, Enforcer::Channel),
+        (Origin::Attached, File::Max) => chosen(&can.attach, Enforcer::ChannelWindow),
+        (Origin::MpsClient, File::Freeze | File::Priority | File::Max) => Enforcer::None(
+            "its channels are in its MPS server's group: the server's entry acts on all clients"
+                .to_owned(),
+        ),
+        (Origin::Attached | Origin::MpsClient, File::Partition) => Enforcer::None(
+            "the SMs of a process that this service did not launch cannot be chosen".to_owned(),
+        ),
+        (Origin::Launched | Origin::Attached | Origin::MpsClient, _) => {
+            Enforcer::None("the file is read-only".to_owned())
         }
-        (Origin::Launched, _) => Enforcer::None("the file is read-only".to_owned()),
     }
 }
 
@@ -91,6 +104,7 @@ mod tests {
             green_contexts: Ok(()),
             stream_priorities: Err("no order across clients".to_owned()),
             channels: Err("not under MPS".to_owned()),
+            attach: Ok(()),
         }
     }
 
@@ -122,6 +136,28 @@ mod tests {
         assert_eq!(of(File::Partition), Enforcer::Cap);
         assert_eq!(of(File::Priority), Enforcer::Channel);
         assert_eq!(of(File::Freeze), Enforcer::Worker);
+    }
+
+    #[test]
+    fn processes_of_others_are_controlled_by_their_channels() {
+        let of = |origin, file, can: &Capabilities| enforcer(origin, file, can).to_string();
+        let can = spatial();
+        assert_eq!(of(Origin::Attached, File::Freeze, &can), "channel");
+        assert_eq!(of(Origin::Attached, File::Priority, &can), "channel");
+        assert_eq!(of(Origin::Attached, File::Max, &can), "channel-window");
+        assert_eq!(of(Origin::Attached, File::Kill, &can), "signal");
+        assert!(of(Origin::Attached, File::Partition, &can).starts_with("none "));
+        assert!(of(Origin::MpsClient, File::Freeze, &can).starts_with("none "));
+        assert_eq!(of(Origin::MpsClient, File::Kill, &can), "signal");
+        let unproved = Capabilities {
+            attach: Err("not tried yet".to_owned()),
+            ..spatial()
+        };
+        assert_eq!(
+            of(Origin::Attached, File::Max, &unproved),
+            "none not tried yet"
+        );
+        assert_eq!(of(Origin::Attached, File::Kill, &unproved), "signal");
     }
 
     #[test]

@@ -6,5 +6,6 @@
 
 pub mod barrier;
 pub mod enforcer;
+pub mod gate;
 pub mod lane;
 pub mod partition;

@@ -5,12 +5,19 @@ use gcgroup_kernels::engine::Placement;
 use gcgroup_model::change::{Caller, Change, Done, Refusal, Setting, Target};
 use gcgroup_model::row::File;
 use gcgroup_model::snapshot::{Enforcer, NodeId};
-use gcgroup_model::value::{FreezeSet, PartitionName, PartitionRef, Priority, SmRequest, Switch};
-use gcgroup_policy::enforcer::{Origin, Sharing, enforcer};
+use gcgroup_model::value::{
+    FreezeSet, PartitionName, PartitionRef, Priority, Quota, SmRequest, Switch,
+};
+use gcgroup_policy::enforcer::{Sharing, enforcer};
 use gcgroup_policy::partition::SmError;
 
+use super::log::LogLine;
 use super::ticket::{Commit, Op, Order};
+use super::undo::Undo;
 use super::{Controller, StopState, stopping};
+
+/// Shortest period of a run window, microseconds.
+const WINDOW_PERIOD_USEC: u64 = 50_000;
 
 impl Controller {
     pub(super) fn asked(&mut self, caller: Caller, change: Change, reply: Reply) {
@@ -21,6 +28,7 @@ impl Controller {
         match change {
             Change::Set(Target(node), setting) => self.ask_setting(caller, node, setting, reply),
             Change::FreezeMany(set) => self.ask_freeze_many(caller, &set, reply),
+            Change::Pend(pending) => self.ask_pending(caller, pending, reply),
             Change::Resize(Target(node), request) => self.ask_resize(caller, node, request, reply),
             Change::MakePartition { gpu, name } => {
                 let made = self.make_partition(gpu, &name);
@@ -41,12 +49,13 @@ impl Controller {
                 tracing::info!(
                     node = node.0,
                     uid = caller.uid,
-                    "a workload is ended on request"
+                    "a process is ended on request"
                 );
                 self.kill(node, reply);
             }
             Ok(Ask::Job(_)) if self.is_so(node, &setting) => self.answer(reply, Ok(Done::Quiet)),
             Ok(Ask::Job(order)) => {
+                self.forget_wanted(node, setting.file());
                 self.open_ticket(
                     Some(caller),
                     Some(reply),
@@ -61,13 +70,15 @@ impl Controller {
     /// way that could change it.
     fn is_so(&self, node: NodeId, setting: &Setting) -> bool {
         self.procs.get(&node).is_some_and(|proc| {
-            proc.jobs.is_empty()
+            // Of an attached process the keeper knows better.
+            proc.worker().is_some()
+                && proc.jobs.is_empty()
                 && matches!(setting, Setting::Freeze(state) if *state == proc.settings.freeze)
         })
     }
 
     /// What a setting takes, or why it cannot be.
-    fn order(&self, node: NodeId, setting: &Setting) -> Result<Ask, Refusal> {
+    pub(super) fn order(&self, node: NodeId, setting: &Setting) -> Result<Ask, Refusal> {
         let proc = self
             .procs
             .get(&node)
@@ -77,31 +88,31 @@ impl Controller {
             .get(&proc.gpu)
             .filter(|gpu| !gpu.lost)
             .ok_or_else(|| Refusal::Gone(format!("GPU {}", proc.gpu)))?;
-        let file = match setting {
-            Setting::Priority(_) => File::Priority,
-            Setting::Freeze(_) => File::Freeze,
-            Setting::Max(_) => File::Max,
-            Setting::Partition(_) => File::Partition,
-            Setting::Kill => File::Kill,
-        };
-        if let Enforcer::None(reason) = enforcer(Origin::Launched, file, &gpu.can) {
+        if let Enforcer::None(reason) = enforcer(proc.origin(), setting.file(), &gpu.can) {
+            if proc.attached().is_some() && gpu.first_trial {
+                return Err(Refusal::Busy(format!("{reason}; that takes a second")));
+            }
             return Err(Refusal::Unsupported(reason));
         }
-        let now = &proc.settings;
-        let (op, undo) = match setting {
+        let op = match setting {
             Setting::Kill => return Ok(Ask::Kill),
-            Setting::Freeze(state) => (Op::Freeze(*state), Op::Freeze(now.freeze)),
-            Setting::Priority(priority) => (Op::Priority(*priority), Op::Priority(now.priority)),
-            Setting::Max(quota) => (Op::Quota(*quota), Op::Quota(now.max)),
+            Setting::Freeze(state) => Op::Freeze(*state),
+            Setting::Priority(priority) => Op::Priority(*priority),
+            Setting::Max(quota) => {
+                if proc.attached().is_some() {
+                    window_allows(*quota)?;
+                }
+                Op::Quota(*quota)
+            }
             Setting::Partition(partition) => {
                 self.groups_of(proc.gpu, partition)?;
-                (Op::Move(partition.clone()), Op::Move(now.partition.clone()))
+                Op::Move(partition.clone())
             }
         };
         Ok(Ask::Job(Order {
             node,
             op,
-            undo: Some(undo),
+            undo: Undo::Before,
         }))
     }
 
@@ -109,19 +120,25 @@ impl Controller {
         let mut nodes = Vec::new();
         let mut orders = Vec::new();
         for pid in &set.pids {
-            let Some(node) = self.by_pid(*pid).map(|proc| proc.entry) else {
+            let entries: Vec<_> = self.by_pid(*pid).map(|proc| proc.entry).collect();
+            if entries.is_empty() {
                 self.answer(reply, Err(Refusal::NoProcess(*pid)));
                 return;
-            };
-            match self.order(node, &Setting::Freeze(set.state)) {
-                Err(refusal) => {
-                    self.answer(reply, Err(refusal));
-                    return;
-                }
-                Ok(Ask::Job(order)) => orders.push(order),
-                Ok(Ask::Kill) => {}
             }
-            nodes.push(node);
+            for node in entries {
+                match self.order(node, &Setting::Freeze(set.state)) {
+                    Err(refusal) => {
+                        self.answer(reply, Err(refusal));
+                        return;
+                    }
+                    Ok(Ask::Job(order)) => orders.push(order),
+                    Ok(Ask::Kill) => {}
+                }
+                nodes.push(node);
+            }
+        }
+        for node in &nodes {
+            self.forget_wanted(*node, File::Freeze);
         }
         self.open_ticket(
             Some(caller),
@@ -185,7 +202,7 @@ impl Controller {
             .map(|node| Order {
                 node,
                 op: Op::Regroup(after.clone()),
-                undo: Some(Op::Regroup(before.clone())),
+                undo: Undo::To(Op::Regroup(before.clone())),
             })
             .collect();
         Ok((
@@ -229,7 +246,8 @@ impl Controller {
             gpu.and_then(|gpu| gpu.partitions.get(name))
                 .is_some_and(|partition| partition.resizing)
         });
-        if !resizing && groups != proc.placed && proc.jobs.is_empty() {
+        let astray = proc.worker().is_some_and(|worker| worker.placed != groups);
+        if !resizing && astray && proc.jobs.is_empty() {
             let op = Op::Move(proc.settings.partition.clone());
             self.open_ticket(
                 None,
@@ -238,7 +256,7 @@ impl Controller {
                 vec![Order {
                     node,
                     op,
-                    undo: None,
+                    undo: Undo::Never,
                 }],
             );
         }
@@ -387,7 +405,7 @@ impl Controller {
             Setting::Kill => return,
         };
         let uid = caller.map(|caller| caller.uid);
-        self.log.push(LogLine {
+        self.log.push(LogLine::Set {
             pid,
             gpu,
             file,
@@ -396,43 +414,24 @@ impl Controller {
             uid,
         });
         self.publish(node);
+        self.keep_setting(node, file);
     }
 }
 
-/// A setting that came into force, for the log.
-pub(super) struct LogLine {
-    pid: u32,
-    gpu: u32,
-    file: File,
-    old: String,
-    new: String,
-    uid: Option<u32>,
-}
-
-impl LogLine {
-    pub(super) fn write(self) {
-        let Self {
-            pid,
-            gpu,
-            file,
-            old,
-            new,
-            uid,
-        } = self;
-        tracing::info!(
-            pid,
-            gpu,
-            setting = file.name(),
-            old,
-            new,
-            uid,
-            "a setting is in force"
-        );
+/// Whether a run window can be so short: a stop costs a millisecond.
+pub(super) fn window_allows(quota: Quota) -> Result<(), Refusal> {
+    if quota.quota_usec.is_none() || quota.period_usec >= WINDOW_PERIOD_USEC {
+        return Ok(());
     }
+    Err(Refusal::Invalid(format!(
+        "a period of {} us is too short for a process that this service did not launch: {WINDOW_PERIOD_USEC} to {}",
+        quota.period_usec,
+        Quota::PERIOD_USEC.end()
+    )))
 }
 
 /// What a setting takes.
-enum Ask {
+pub(super) enum Ask {
     /// The process shall end.
     Kill,
     /// A job of its lane.

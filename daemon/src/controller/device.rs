@@ -31,7 +31,7 @@ pub(super) struct GpuState {
     pub(super) info: GpuInfo,
     pub(super) can: Capabilities,
     /// What follows from them.
-    pub(super) enforcers: Arc<Enforcers>,
+    by_origin: ByOrigin,
     /// Clients that its private MPS server takes.
     pub(super) slots: Option<u32>,
     /// SMs of the GPU, those that no partition can have included.
@@ -43,8 +43,39 @@ pub(super) struct GpuState {
     pub(super) lost: bool,
     /// Trials of channel control that have failed.
     failed_proofs: u32,
+    /// Whether the first of them is still under way.
+    pub(super) first_trial: bool,
     /// What the last failed reading said, so that it is told once.
     last_error: Option<String>,
+}
+
+/// What a GPU's capabilities mean for each kind of process.
+struct ByOrigin {
+    launched: Arc<Enforcers>,
+    attached: Arc<Enforcers>,
+    mps_client: Arc<Enforcers>,
+}
+
+impl ByOrigin {
+    fn of(can: &Capabilities) -> Self {
+        let of = |origin| Arc::new(enforcers(origin, can));
+        Self {
+            launched: of(Origin::Launched),
+            attached: of(Origin::Attached),
+            mps_client: of(Origin::MpsClient),
+        }
+    }
+}
+
+impl GpuState {
+    /// The mechanisms of processes of this origin.
+    pub(super) fn enforcers(&self, origin: Origin) -> &Arc<Enforcers> {
+        match origin {
+            Origin::Launched => &self.by_origin.launched,
+            Origin::Attached => &self.by_origin.attached,
+            Origin::MpsClient => &self.by_origin.mps_client,
+        }
+    }
 }
 
 /// What a probe found out.
@@ -55,6 +86,14 @@ pub(crate) struct Probed {
     slots: Result<u32, DeviceError>,
     /// Whether stream priorities order their work.
     streams: Result<(), DeviceError>,
+}
+
+/// What a trial of channel control means for workloads of the service.
+fn of_workers(sharing: Sharing, proved: Result<(), String>) -> Result<(), String> {
+    match sharing {
+        Sharing::Spatial => Err("clients of one MPS server share its channel groups".to_owned()),
+        Sharing::Temporal => proved,
+    }
 }
 
 async fn probe(context: Arc<Context>, gpu: GpuInfo) -> Result<Probed, Refusal> {
@@ -122,7 +161,7 @@ impl Controller {
         let state = GpuState {
             node: self.fresh_node(),
             partitions_node: self.fresh_node(),
-            enforcers: Arc::new(enforcers(Origin::Launched, &can)),
+            by_origin: ByOrigin::of(&can),
             can,
             slots: slots.ok(),
             sm_count: facts.sm_count,
@@ -132,13 +171,17 @@ impl Controller {
             events: DeviceEvents::default(),
             lost: false,
             failed_proofs: 0,
+            first_trial: self.config.attach,
             last_error: None,
             info,
         };
         self.gpus.insert(index, state);
         self.publish_gpu(index);
-        if self.sharing(index) == Sharing::Temporal {
+        if self.config.attach || self.sharing(index) == Sharing::Temporal {
             self.prove(index, Duration::ZERO);
+        }
+        if self.config.attach {
+            self.discover(index);
         }
     }
 
@@ -166,18 +209,22 @@ impl Controller {
                 Err("stream priorities order one process's own work only".to_owned())
             }
         };
-        let channels = match sharing {
-            Sharing::Spatial => {
-                Err("clients of one MPS server share its channel groups".to_owned())
-            }
-            Sharing::Temporal => Err("channel control has not proved itself yet".to_owned()),
-        };
+        let unproved = Err("channel control is being tried on workers of the service".to_owned());
         Capabilities {
             sharing,
             green_contexts,
             stream_priorities,
-            channels,
+            channels: of_workers(sharing, unproved.clone()),
+            attach: self.of_others(unproved),
         }
+    }
+
+    /// What a trial of channel control means for processes of others.
+    pub(super) fn of_others(&self, proved: Result<(), String>) -> Result<(), String> {
+        if self.config.attach {
+            return proved;
+        }
+        Err("attach = false is configured".to_owned())
     }
 
     /// Tries channel control on two workers of our own.
@@ -188,13 +235,14 @@ impl Controller {
         let (context, events, info) = (self.context.clone(), self.events.clone(), gpu.info.clone());
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
-            let result = prove::channels(context, info).await;
+            let result = prove::control(context, info).await;
             // The controller may have ended meanwhile.
             let _ = events.send(Event::Proved { gpu: index, result });
         });
     }
 
     pub(super) fn proved(&mut self, index: u32, result: Result<(), String>) {
+        let attach = self.of_others(result.clone());
         let Some(gpu) = self.gpus.get_mut(&index) else {
             return;
         };
@@ -210,8 +258,10 @@ impl Controller {
                 Some(AGAIN * 2_u32.saturating_pow(gpu.failed_proofs).min(360))
             }
         };
-        gpu.can.channels = result;
-        gpu.enforcers = Arc::new(enforcers(Origin::Launched, &gpu.can));
+        gpu.first_trial = false;
+        gpu.can.channels = of_workers(gpu.can.sharing, result.clone());
+        gpu.can.attach = attach;
+        gpu.by_origin = ByOrigin::of(&gpu.can);
         if let Some(after) = again {
             self.prove(index, after);
         }
@@ -223,6 +273,7 @@ impl Controller {
             .map(|p| p.entry)
             .collect();
         for node in nodes {
+            self.begin_keeping(node);
             self.publish(node);
         }
     }
@@ -281,7 +332,10 @@ impl Controller {
             let clients: Vec<_> = self
                 .procs
                 .values()
-                .filter(|proc| proc.gpu == *gpu && proc.mps == Some(*start))
+                .filter(|proc| {
+                    let mps = proc.worker().and_then(|worker| worker.mps);
+                    proc.gpu == *gpu && mps == Some(*start)
+                })
                 .map(|proc| proc.entry)
                 .collect();
             for node in clients {
@@ -347,7 +401,8 @@ impl Controller {
             memory_current: gpu.sample.memory_used,
             utilization: gpu.sample.utilization.clone(),
             events: gpu.events,
-            enforcers: gpu.enforcers.to_vec(),
+            enforcers: gpu.by_origin.launched.to_vec(),
+            attached: gpu.by_origin.attached.to_vec(),
         };
         self.snapshot.gpus.insert(index, Arc::new(published));
     }

@@ -14,8 +14,9 @@ use gcgroup_model::value::{PartitionName, PartitionRef, Priority, Switch};
 use gcgroup_policy::enforcer::{Origin, Sharing, enforcer};
 use gcgroup_policy::lane::Lane;
 
-use super::process::Proc;
+use super::process::{Body, Proc, Worker};
 use super::ticket::{Commit, Op, Order, quota_setting};
+use super::undo::Undo;
 use super::{Controller, Event, StopState, stopping};
 use crate::clock::now_ns;
 use crate::launch::Ready;
@@ -130,7 +131,10 @@ impl Controller {
     /// the lowest free number.
     fn name(&self, spec: &WorkloadSpec) -> Result<String, Refusal> {
         let taken = |name: &str| {
-            self.procs.values().any(|proc| proc.workload.name == name)
+            self.procs
+                .values()
+                .filter_map(Proc::worker)
+                .any(|worker| worker.workload.name == name)
                 || self.launches.values().any(|launch| launch.name == name)
         };
         match &spec.name {
@@ -158,7 +162,8 @@ impl Controller {
                 "spatial sharing is configured, but there is no MPS".to_owned(),
             ));
         };
-        let used = self.procs.values().filter(|proc| proc.gpu == index).count()
+        let workers = self.procs.values().filter(|proc| proc.worker().is_some());
+        let used = workers.filter(|proc| proc.gpu == index).count()
             + self
                 .launches
                 .values()
@@ -246,31 +251,34 @@ impl Controller {
             sm_count: readiness.sm_count,
             ..gcgroup_kernels::protocol::Counters::default()
         };
+        let worker = Worker {
+            workload: Arc::new(Workload {
+                name,
+                spec: spec.to_json(),
+            }),
+            counters,
+            readiness,
+            samples: Arc::default(),
+            sender,
+            channels,
+            mps,
+            placed,
+        };
         let proc = Proc {
             node,
             entry,
             pid,
             gpu: spec.gpu,
             facts: procfs::facts(pid),
-            workload: Arc::new(Workload {
-                name,
-                spec: spec.to_json(),
-            }),
             settings: first_settings(spec, self.sharing(spec.gpu)),
-            counters,
-            readiness,
-            samples: Arc::default(),
-            sender,
-            pidfd,
-            channels,
-            mps,
-            placed,
+            pidfd: Arc::new(pidfd),
             lane: Lane::new(stuck_after),
             next_deadline: None,
             jobs: HashMap::new(),
             frozen_since: None,
             refreshed_ns: now_ns(),
             kill: None,
+            body: Body::Worker(Box::new(worker)),
         };
         self.enter(proc, &spec.kernel);
         Ok(entry)
@@ -279,7 +287,7 @@ impl Controller {
     /// Takes a process in and shows it.
     fn enter(&mut self, proc: Proc, kernel: &str) {
         let (entry, gpu) = (proc.entry, proc.gpu);
-        let name = &proc.workload.name;
+        let name = proc.worker().map(|worker| worker.workload.name.as_str());
         tracing::info!(pid = proc.pid, gpu, name, kernel, "workload launched");
         self.procs.insert(entry, proc);
         self.counters.launched += 1;
@@ -301,7 +309,7 @@ impl Controller {
         let order = Order {
             node,
             op: Op::Priority(priority),
-            undo: None,
+            undo: Undo::Never,
         };
         let commit = Commit::Prioritised(node, priority, Box::new(spec));
         self.open_ticket(Some(caller), Some(reply), commit, vec![order]);
@@ -329,7 +337,8 @@ impl Controller {
             return;
         };
         for pid in self.barriers.arrive(name, *count, pid) {
-            if let Some(node) = self.by_pid(pid).map(|proc| proc.entry) {
+            let nodes: Vec<_> = self.by_pid(pid).map(|proc| proc.entry).collect();
+            for node in nodes {
                 self.start_now(node, None, None);
             }
         }
@@ -339,7 +348,7 @@ impl Controller {
         let order = Order {
             node,
             op: Op::Start,
-            undo: None,
+            undo: Undo::Never,
         };
         self.open_ticket(caller, reply, Commit::Started(node), vec![order]);
     }
@@ -350,7 +359,10 @@ impl Controller {
         Ok(Done::Launched {
             pid: proc.pid,
             gpu: proc.gpu,
-            name: proc.workload.name.clone(),
+            name: proc
+                .worker()
+                .map(|worker| worker.workload.name.clone())
+                .unwrap_or_default(),
         })
     }
 }

@@ -14,6 +14,8 @@ use gcgroup_model::value::{PartitionName, PartitionRef, Priority, Quota, Switch}
 use gcgroup_policy::enforcer::Sharing;
 use gcgroup_policy::lane::{self, Action};
 
+use super::process::Proc;
+use super::undo::{Undo, before};
 use super::{Controller, Event};
 use crate::clock::now_ns;
 use crate::launch;
@@ -42,7 +44,7 @@ pub(super) struct Job {
     pub(super) node: NodeId,
     pub(super) op: Op,
     /// What puts it back.
-    undo: Option<Op>,
+    undo: Undo,
     /// The groups it was placed on, once begun.
     groups: Option<Option<Vec<u32>>>,
     /// Whether its outcome is known. The job stays with its process until the whole
@@ -76,18 +78,18 @@ pub(super) struct Ticket {
     pub(super) commit: Commit,
     pub(super) reply: Option<Reply>,
     pub(super) caller: Option<Caller>,
-    waiting: usize,
-    members: Vec<(NodeId, JobId)>,
-    succeeded: Vec<(NodeId, Option<Op>)>,
-    failure: Option<Refusal>,
-    deadline: u64,
+    pub(super) waiting: usize,
+    pub(super) members: Vec<(NodeId, JobId)>,
+    pub(super) succeeded: Vec<(NodeId, Undo)>,
+    pub(super) failure: Option<Refusal>,
+    pub(super) deadline: u64,
 }
 
 /// A job before it is handed in.
 pub(super) struct Order {
     pub(super) node: NodeId,
     pub(super) op: Op,
-    pub(super) undo: Option<Op>,
+    pub(super) undo: Undo,
 }
 
 impl Controller {
@@ -180,7 +182,7 @@ impl Controller {
         }
     }
 
-    fn timed_out(&self, begun: Begun) -> Refusal {
+    pub(super) fn timed_out(&self, begun: Begun) -> Refusal {
         let limit_ms = u64::try_from(self.config.settings_deadline.as_millis()).unwrap_or(u64::MAX);
         Refusal::TimedOut {
             what: "the change".to_owned(),
@@ -199,25 +201,38 @@ impl Controller {
         else {
             return;
         };
-        if let Some(reply) = self
-            .tickets
-            .get_mut(&ticket)
-            .and_then(|ticket| ticket.reply.take())
-        {
-            let refusal = self.timed_out(Begun::Yes);
-            self.answer(reply, Err(refusal));
+        if let Some(mut late) = self.tickets.remove(&ticket) {
+            if let Some(reply) = late.reply.take() {
+                let refusal = self.timed_out(Begun::Yes);
+                self.note_failure(&late, &refusal);
+                self.answer(reply, Err(refusal));
+            }
+            self.tickets.insert(ticket, late);
         }
         self.publish(node);
+        self.put_back_early(ticket);
     }
 
     fn begin(&mut self, node: NodeId, id: JobId) {
-        let Some(job) = self.procs.get(&node).and_then(|proc| proc.jobs.get(&id)) else {
+        let Some(proc) = self.procs.get_mut(&node) else {
             return;
         };
-        let outcome = match self.command(node, &job.op.clone()) {
-            Ok(Some((command, groups))) => self.send(node, id, command, groups),
-            Ok(None) => self.set_timeslice(node, id),
-            Err(refusal) => Err(refusal),
+        let Some(job) = proc.jobs.get_mut(&id) else {
+            return;
+        };
+        if matches!(job.undo, Undo::Before) {
+            job.undo = before(&job.op, &proc.settings);
+        }
+        let op = job.op.clone();
+        let attached = self.procs.get(&node).and_then(Proc::attached).is_some();
+        let outcome = if attached {
+            self.order_keeper(node, id, &op)
+        } else {
+            match self.command(node, &op) {
+                Ok(Some((command, groups))) => self.send(node, id, command, groups),
+                Ok(None) => self.set_timeslice(node, id),
+                Err(refusal) => Err(refusal),
+            }
         };
         if let Err(refusal) = outcome {
             self.job_answered(node, id, Err(refusal));
@@ -234,6 +249,7 @@ impl Controller {
     ) -> Result<Option<(Command, Option<Option<Vec<u32>>>)>, Refusal> {
         let gone = || Refusal::Gone("the process".to_owned());
         let proc = self.procs.get(&node).ok_or_else(gone)?;
+        let placed = proc.worker().and_then(|worker| worker.placed.clone());
         let place = |groups: Option<Vec<u32>>, priority: Priority| {
             let placement = self.placement(proc.gpu, groups.clone(), priority);
             Some((Command::Place(placement), Some(groups)))
@@ -243,7 +259,7 @@ impl Controller {
             Op::Freeze(state) => Some((Command::Freeze(state.is_on()), None)),
             Op::Quota(quota) => Some((Command::Quota(quota_setting(*quota)), None)),
             Op::Priority(priority) => match self.sharing(proc.gpu) {
-                Sharing::Spatial => place(proc.placed.clone(), *priority),
+                Sharing::Spatial => place(placed, *priority),
                 Sharing::Temporal => None,
             },
             Op::Move(partition) => {
@@ -268,13 +284,16 @@ impl Controller {
         if let Some(job) = proc.jobs.get_mut(&id) {
             job.groups = groups;
         }
-        proc.sender
+        let gone = || Refusal::Gone(format!("process {}", proc.pid));
+        let worker = proc.worker().ok_or_else(gone)?;
+        worker
+            .sender
             .send(id, command)
             .map_err(|error| match error.kind() {
                 std::io::ErrorKind::WouldBlock => {
                     Refusal::Failed(format!("the worker was not reached: {error}"))
                 }
-                _ => Refusal::Gone(format!("process {}", proc.pid)),
+                _ => gone(),
             })
     }
 
@@ -293,7 +312,7 @@ impl Controller {
                 "no timeslice belongs to this change".to_owned(),
             ));
         };
-        let Some((groups, _)) = proc.channels.clone() else {
+        let Some((groups, _)) = proc.worker().and_then(|worker| worker.channels.clone()) else {
             return Err(Refusal::Unsupported(
                 "the channel groups of this process were not found".to_owned(),
             ));
@@ -320,7 +339,9 @@ impl Controller {
         let outcome = match result {
             Ok(timeslices) => {
                 if let Some(proc) = self.procs.get_mut(&node)
-                    && let Some((_, usec)) = &mut proc.channels
+                    && let Some((_, usec)) = proc
+                        .worker_mut()
+                        .and_then(|worker| worker.channels.as_mut())
                     && let Some(read_back) = timeslices.usec.first()
                 {
                     *usec = *read_back;
@@ -346,8 +367,10 @@ impl Controller {
         let Some(job) = proc.jobs.get(&id) else {
             return;
         };
-        if let (Some(groups), Ok(_)) = (&job.groups, &result) {
-            proc.placed = groups.clone();
+        if let (Some(groups), Ok(_)) = (job.groups.clone(), &result)
+            && let Some(worker) = proc.worker_mut()
+        {
+            worker.placed = groups;
         }
         self.stay_awake();
         self.end_job(node, id, result.map(|_| ()));
@@ -365,10 +388,11 @@ impl Controller {
     }
 
     /// A ticket has ended: its processes take the next job.
-    fn release(&mut self, members: Vec<(NodeId, JobId)>) {
+    pub(super) fn release(&mut self, members: Vec<(NodeId, JobId)>) {
         for (node, job) in members {
             if let Some(proc) = self.procs.get_mut(&node) {
                 proc.jobs.remove(&job);
+                self.agree(node);
                 self.step_lane(node, lane::Event::Finished { job });
                 self.reconcile(node);
             }
@@ -414,70 +438,6 @@ impl Controller {
         self.release(members);
     }
 
-    fn roll_back(&mut self, ticket: Ticket, refusal: Refusal) {
-        let Ticket {
-            commit,
-            reply,
-            caller,
-            succeeded,
-            ..
-        } = ticket;
-        let undo = |succeeded: Vec<(NodeId, Option<Op>)>| {
-            let order = |(node, undo): (NodeId, Option<Op>)| {
-                Some(Order {
-                    node,
-                    op: undo?,
-                    undo: None,
-                })
-            };
-            succeeded.into_iter().filter_map(order).collect()
-        };
-        match commit {
-            // The groups stay reserved until every member is off them.
-            Commit::Resize {
-                gpu, name, before, ..
-            } => {
-                let put_back =
-                    Commit::RolledBack(member_failed(refusal), Some((gpu, name, before)));
-                self.open_ticket(caller, reply, put_back, undo(succeeded));
-            }
-            Commit::FreezeMany(..) => {
-                self.open_ticket(
-                    caller,
-                    reply,
-                    Commit::RolledBack(refusal, None),
-                    undo(succeeded),
-                );
-            }
-            Commit::RolledBack(first, resize) => {
-                tracing::error!(%refusal, "a change that failed could not be put back everywhere");
-                // Somebody may be on either set of groups, so both stay taken.
-                if let Some((gpu, name, before)) = resize {
-                    let table = self.gpus.get(&gpu).map(|gpu| &gpu.table);
-                    let taken = table
-                        .and_then(|table| table.groups(&name))
-                        .map(<[u32]>::to_vec);
-                    self.settle_resize(gpu, &name, taken.unwrap_or(before));
-                }
-                if let Some(reply) = reply {
-                    self.answer(reply, Err(first));
-                }
-            }
-            Commit::Started(node) | Commit::Prioritised(node, ..) => {
-                // What did not start is no workload; its entry goes with it.
-                self.end_soon(node);
-                if let Some(reply) = reply {
-                    self.answer(reply, Err(refusal));
-                }
-            }
-            Commit::Set(..) | Commit::Nothing => {
-                if let Some(reply) = reply {
-                    self.answer(reply, Err(refusal));
-                }
-            }
-        }
-    }
-
     fn commit(&mut self, ticket: Ticket) {
         let done = match ticket.commit {
             Commit::Set(node, setting) => {
@@ -518,14 +478,6 @@ impl Controller {
             }
             None => {}
         }
-    }
-}
-
-/// A failure of one member as the writer of sm.count sees it.
-fn member_failed(refusal: Refusal) -> Refusal {
-    match refusal {
-        Refusal::TimedOut { .. } | Refusal::Busy(_) => refusal,
-        other => Refusal::Failed(format!("a member could not be moved, so none was: {other}")),
     }
 }
 

@@ -199,6 +199,25 @@ fn several_processes_freeze_in_one_write_and_read_as_frozen() {
 }
 
 #[test]
+fn what_waits_for_a_process_is_read_back_a_line_each() {
+    let Some(fixture) = Fixture::mount() else {
+        return;
+    };
+    let path = fixture.root().join(File::Pending.name());
+    write(&path, "70 compute.priority 3\n").expect("it is in the grammar");
+    write(&path, "71 compute.max 20000 100000").expect("it is in the grammar");
+    assert_eq!(
+        fs::read_to_string(&path).expect("readable"),
+        "70 compute.priority 3\n71 compute.max 20000 100000\n"
+    );
+    for wrong in ["70 compute.priority 16", "70 gcgroup.kill 1", "70", "\n"] {
+        assert_eq!(errno(write(&path, wrong)), Some(Errno::INVAL), "{wrong:?}");
+    }
+    let large = "70 compute.max 99999999999999999999";
+    assert_eq!(errno(write(&path, large)), Some(Errno::RANGE));
+}
+
+#[test]
 fn truncating_and_touching_do_no_harm() {
     let Some(fixture) = Fixture::mount() else {
         return;

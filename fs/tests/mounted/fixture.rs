@@ -109,6 +109,7 @@ impl Keeper {
                     edit_entry(&mut next, pid, 0, |entry| entry.settings.freeze = set.state);
                 }
             }
+            Change::Pend(pending) => next.pending.push(pending.to_string()),
             Change::Resize(target, request) => {
                 for partition in next.partitions.values_mut() {
                     if partition.node == target.0 {
@@ -229,6 +230,7 @@ fn snapshot() -> Snapshot {
         utilization: vec![("gpu_percent", 42)],
         events: DeviceEvents::default(),
         enforcers: vec![(File::Freeze, Enforcer::None("no driver".to_owned()))],
+        attached: vec![(File::Freeze, Enforcer::Channel)],
     };
     let name: PartitionName = "a".parse().expect("it is a name");
     Snapshot {
@@ -238,6 +240,7 @@ fn snapshot() -> Snapshot {
             (LAUNCHED, process(10, LAUNCHED, Some("noisy"))),
             (ATTACHED, process(20, ATTACHED, None)),
         ]),
+        pending: Vec::new(),
         service: vec![("nr_changes", 3)],
     }
 }

@@ -6,11 +6,14 @@ that a GPU that changes its clocks meanwhile changes both.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
-from gcg import numbers
+from gcg import numbers, program
 from gcg.figure import Skip
 from gcg.samples import Collector, Sample, within
 from gcg.service import Refused, Service, Workload
@@ -78,6 +81,16 @@ class Bench:
     sim: bool
     # The GPU's UUID, `None` for the simulated one.
     uuid: str | None
+    # What the services say.
+    log: IO[bytes]
+    # What the programs under test say.
+    programs_log: IO[bytes]
+    # The interpreter of programs under test.
+    python: Path
+    # Whether parts take the time that was asked for, where the default is shorter.
+    long: bool = False
+    # What had to be forced, in words.
+    forced: list[str] = field(default_factory=list)
     _service: Service | None = field(default=None)
     _unit_us: float | None = field(default=None)
 
@@ -96,6 +109,36 @@ class Bench:
     def serve(self, service: Service | None) -> None:
         """Puts another service in place."""
         self._service = service
+
+    @contextmanager
+    def serving(self, *, killed: bool = False, **options: Any) -> Iterator[Service]:
+        """A service of a part's own, for parts that run without one. Where it is to be
+        `killed`, what it leaves behind is not held against it."""
+        if self._service is not None:
+            raise RuntimeError("two services on one GPU")
+        service = Service(self.gcgroupd, self.sim, "temporal", self.log, attach=True, **options)
+        service.__enter__()
+        self._service = service
+        try:
+            yield service
+        finally:
+            self._service = None
+            forced = service.stop()
+            self.forced += [] if killed else forced
+
+    def kill_service(self) -> None:
+        """Kills the service of the moment, which ends every call that hangs in it."""
+        if self._service is not None:
+            self._service.kill()
+
+    @cached_property
+    def _has_torch(self) -> bool:
+        return program.has_torch(self.python)
+
+    def need_torch(self) -> None:
+        """Skips the part where there is no PyTorch."""
+        if not self._has_torch:
+            raise Skip(f"{self.python} has no PyTorch")
 
     def rig(self) -> Rig:
         """For workers without the service, which must not run at the same time."""

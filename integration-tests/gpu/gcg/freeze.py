@@ -6,10 +6,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from gcg import files, numbers
+from gcg import numbers
 from gcg.bench import FMA, Bench
 from gcg.figure import Figure, Result, Table, verdict
+from gcg.pace import Kept, Opened, rest, stay_awake
 from gcg.samples import Collector, Sample
 from gcg.service import Workload
 
@@ -17,12 +19,6 @@ _ROUNDS = 1000
 _FEWER_ROUNDS = 200
 _UNCUT_ROUNDS = 50
 _P50_US, _P99_US = 150.0, 500.0
-# Running stretches, microseconds, never in step with the launches. In a short one,
-# waited out awake, no processor falls asleep (Linux keeps an idle one awake for 200 us
-# in a virtual machine); in a long one, slept through, those of the service do, and in a
-# virtual machine waking each of them can take longer than the stop itself.
-_AWAKE_US = (50, 150)
-_RESTED_US = (500, 2500)
 # Every so many rounds it runs for long enough that its samples are reported.
 _REPORT_EVERY, _REPORT_S = 50, 0.14
 # Every so many rounds the counters are read twice, 5 ms apart.
@@ -52,35 +48,8 @@ class _Rounds:
     samples: list[Sample] = field(default_factory=list)
 
 
-class _Kept:
-    """compute.freeze, opened once."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._descriptor = os.open(workload.path / "compute.freeze", os.O_WRONLY | os.O_CLOEXEC)
-
-    def write(self, value: bytes) -> int:
-        """One write(2); nanoseconds."""
-        began = time.monotonic_ns()
-        os.write(self._descriptor, value)
-        return time.monotonic_ns() - began
-
-    def close(self) -> None:
-        """Closes it."""
-        os.close(self._descriptor)
-
-
-class _Opened:
-    """compute.freeze, opened and closed around each write."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._path = workload.path / "compute.freeze"
-
-    def write(self, value: bytes) -> int:
-        """open(2), write(2), close(2); nanoseconds."""
-        return files.write(self._path, value.decode())
-
-    def close(self) -> None:
-        """Nothing is open."""
+def _file(workload: Workload) -> Path:
+    return workload.path / "compute.freeze"
 
 
 class _Ledger:
@@ -111,19 +80,9 @@ class _Ledger:
         return wrong
 
 
-def _stay_awake(rng: random.Random) -> None:
-    until = time.monotonic_ns() + rng.uniform(*_AWAKE_US) * 1e3
-    while time.monotonic_ns() < until:
-        pass
-
-
-def _rest(rng: random.Random) -> None:
-    time.sleep(rng.uniform(*_RESTED_US) / 1e6)
-
-
 def _measure(
     workload: Workload,
-    door: _Kept | _Opened,
+    door: Kept | Opened,
     rounds: int,
     seed: int,
     pause: Callable[[random.Random], None],
@@ -140,13 +99,13 @@ def _measure(
             out.freeze_us.append(door.write(b"1") / 1e3)
             stop = _Stop(time.monotonic_ns(), 0)
             # A look sleeps, and what follows a sleep is not awake.
-            if pause is _rest and number % _LOOK_EVERY == 0:
+            if pause is rest and number % _LOOK_EVERY == 0:
                 _look(workload, ledger, stop, out)
             pause(rng)
             stop.thawed_ns = time.monotonic_ns()
             out.thaw_us.append(door.write(b"0") / 1e3)
             out.stops.append(stop)
-            if pause is _rest and number % _REPORT_EVERY == _REPORT_EVERY - 1:
+            if pause is rest and number % _REPORT_EVERY == _REPORT_EVERY - 1:
                 time.sleep(_REPORT_S)
                 collector.look()
         door.write(b"1")
@@ -222,12 +181,14 @@ def measure(bench: Bench) -> Result:
     result = Result()
     series: dict[str, _Rounds] = {}
     alone = bench.launch(**FMA, name="alone", blocks="per-sm:1")
-    series["whole GPU"] = _measure(alone, _Kept(alone), _ROUNDS, 1, _stay_awake)
+    series["whole GPU"] = _measure(alone, Kept(_file(alone)), _ROUNDS, 1, stay_awake)
     alone.write("compute.freeze", 0)
-    series["whole GPU, after a rest"] = _measure(alone, _Kept(alone), _ROUNDS, 5, _rest)
+    series["whole GPU, after a rest"] = _measure(alone, Kept(_file(alone)), _ROUNDS, 5, rest)
     alone.write("compute.freeze", 0)
-    series["whole GPU, open-write-close"] = _measure(alone, _Opened(alone), _FEWER_ROUNDS, 2, _stay_awake)
-    reads = {"awake": _reads(alone, _stay_awake), "after a rest": _reads(alone, _rest)}
+    series["whole GPU, open-write-close"] = _measure(
+        alone, Opened(_file(alone)), _FEWER_ROUNDS, 2, stay_awake
+    )
+    reads = {"awake": _reads(alone, stay_awake), "after a rest": _reads(alone, rest)}
     result.raw["reads"] = reads
     series["partition, beside a busy one"] = _beside(bench)
     series["whole GPU, uncut launches"] = _uncut(bench)
@@ -253,13 +214,13 @@ def _beside(bench: Bench) -> _Rounds:
         bench.service.partition(name, sms)
         pair.append(bench.launch_frozen(**FMA, name=name, partition=name, blocks=sms))
     bench.service.thaw(pair)
-    return _measure(pair[0], _Kept(pair[0]), _FEWER_ROUNDS, 3, _stay_awake)
+    return _measure(pair[0], Kept(_file(pair[0])), _FEWER_ROUNDS, 3, stay_awake)
 
 
 def _uncut(bench: Bench) -> _Rounds:
     bench.service.clear()
     workload = bench.launch(**FMA, name="uncut", blocks="per-sm:1", sliced=False)
-    return _measure(workload, _Kept(workload), _UNCUT_ROUNDS, 4, _stay_awake)
+    return _measure(workload, Kept(_file(workload)), _UNCUT_ROUNDS, 4, stay_awake)
 
 
 def _adding_up(series: dict[str, _Rounds]) -> Figure:
@@ -284,7 +245,9 @@ def _table(series: dict[str, _Rounds], reads: dict[str, list[float]]) -> Table:
             rows.append([name, what, str(s.n), *(f"{v:.0f}" for v in s[1:])])
     for name, values in reads.items():
         s = numbers.spread(values)
-        rows.append([f"for comparison, {name}", "read of memory.current", str(s.n), *(f"{v:.0f}" for v in s[1:])])
+        rows.append(
+            [f"for comparison, {name}", "read of memory.current", str(s.n), *(f"{v:.0f}" for v in s[1:])]
+        )
     return Table(
         "Time of a write to compute.freeze",
         ["how", "write", "n", "p50 us", "p90 us", "p99 us", "max us"],

@@ -3,7 +3,32 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gcg import freeze, idle, partitions, priority, quota, read_cost, resize, results, smoke, stream_priority
+from gcg import (
+    attach_channels,
+    attach_checkpoint,
+    attach_count,
+    attach_discovery,
+    attach_freeze,
+    attach_kill,
+    attach_log,
+    attach_matrix,
+    attach_max,
+    attach_neighbour,
+    attach_others,
+    attach_priority,
+    attach_results,
+    attach_two_gpus,
+    freeze,
+    idle,
+    partitions,
+    priority,
+    quota,
+    read_cost,
+    resize,
+    results,
+    smoke,
+    stream_priority,
+)
 from gcg.bench import Bench
 from gcg.figure import Result
 
@@ -21,6 +46,33 @@ class Part:
     fresh: bool = False
     # When the service is killed because the part hangs, seconds.
     limit_s: float = 60.0
+    # Whether its service attaches to programs that it did not launch.
+    attach: bool = False
+    # What `--only` may name instead of each part of it.
+    group: str = "workloads"
+
+
+def _attach(
+    name: str,
+    title: str,
+    to_reach: str,
+    run: Callable[[Bench], Result],
+    *,
+    own_service: bool = False,
+    limit_s: float = 90.0,
+) -> Part:
+    """A part about programs that the service did not launch. Some start services of
+    their own."""
+    return Part(
+        f"attach_{name}",
+        title,
+        to_reach,
+        run,
+        sharing=None if own_service else "temporal",
+        limit_s=limit_s,
+        attach=not own_service,
+        group="attach",
+    )
 
 
 PARTS = (
@@ -110,5 +162,124 @@ PARTS = (
         "<= 1.3 times a bare fuser filesystem in the same run",
         read_cost.measure,
         sharing=None,
+    ),
+    _attach(
+        "freeze",
+        "Freeze of a PyTorch process in the middle of an 8 s kernel",
+        "p50 <= 1.0 ms, p99 <= 1.5 ms",
+        attach_freeze.measure,
+    ),
+    _attach(
+        "freeze_two",
+        "Freezes of several processes at once",
+        "two by gcgroup.freeze: p50 <= 1.2 ms for both",
+        attach_freeze.together,
+    ),
+    _attach(
+        "neighbour",
+        "A kernel of 460 us beside a frozen process",
+        "p50 within 1% and p99 within 5% of solo",
+        attach_neighbour.measure,
+    ),
+    _attach(
+        "results",
+        "Results of PyTorch programs after freezes",
+        "bit-equal to an undisturbed run",
+        attach_results.measure,
+    ),
+    _attach(
+        "priority",
+        "Two equal programs at priorities 4 and 8",
+        "GPU time 16 : 1 within 15%",
+        attach_priority.measure,
+    ),
+    _attach(
+        "matrix",
+        "A server of a language model beside a throughput process",
+        "priority 15 on the latter: TPOT p50 <= 1.20 x alone, throughput >= 0.95 x default",
+        attach_matrix.measure,
+        limit_s=180,
+    ),
+    _attach(
+        "max",
+        "compute.max of a PyTorch loop that never pauses",
+        "30% of its solo speed within 2 points",
+        attach_max.measure,
+        limit_s=150,
+    ),
+    _attach(
+        "count",
+        "Launches of attached programs",
+        "exact, each process its own",
+        attach_count.measure,
+    ),
+    _attach(
+        "others",
+        "A long stop, and the rest of the host",
+        "nobody else waits",
+        attach_others.measure,
+        limit_s=180,
+    ),
+    _attach(
+        "checkpoint",
+        "Freezes beside somebody's checkpoint and beside context creation",
+        "recorded: what the driver's own locks add",
+        attach_checkpoint.measure,
+    ),
+    _attach(
+        "kill",
+        "SIGKILL of a frozen process",
+        "memory back to what it was within 1 s",
+        attach_kill.process,
+    ),
+    _attach(
+        "discovery",
+        "Programs that come and go",
+        "the directory is there within 200 ms of the first context, and gone within 200 ms of the end",
+        attach_discovery.measure,
+        limit_s=120,
+    ),
+    _attach(
+        "new_channels",
+        "Channel groups that appear later",
+        "frozen, or at the timeslice, within 200 ms",
+        attach_channels.measure,
+    ),
+    _attach(
+        "kill_service",
+        "SIGKILL of the service while four are frozen",
+        "all run again within 2 s",
+        attach_kill.service,
+        own_service=True,
+    ),
+    _attach(
+        "count_cost",
+        "What counting costs a program",
+        "at most 15% of a 5 us launch, unmeasurable for a real model",
+        attach_count.cost,
+        own_service=True,
+    ),
+    _attach(
+        "log",
+        "The kernel log",
+        "no line in steady state with four programs; no Xid",
+        attach_log.measure,
+        own_service=True,
+        limit_s=150,
+    ),
+    _attach(
+        "two_gpus",
+        "A process on two GPUs, frozen on one",
+        "its work on the other runs on",
+        attach_two_gpus.measure,
+        own_service=True,
+    ),
+    _attach(
+        "matrix_mps",
+        "The same pair under plain MPS",
+        "recorded",
+        attach_matrix.under_mps,
+        own_service=True,
+        limit_s=150,
     ),
 )

@@ -15,6 +15,7 @@ _LABELS = {
     "kernel": "Kernel",
     "cpus": "CPUs",
     "version": "Version",
+    "kernel_log": "Kernel log",
     "command": "Command",
 }
 

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Self
+from typing import Self
 
 from gcg.bench import Bench
 from gcg.figure import Figure, Result, Skip, Verdict
@@ -28,10 +28,13 @@ class Runner:
     """Keeps one service at a time, for as long as parts can share it."""
 
     bench: Bench
-    log: IO[bytes]
     outcomes: list[Outcome] = field(default_factory=list)
-    forced: list[str] = field(default_factory=list)
     _service: Service | None = field(default=None)
+
+    @property
+    def forced(self) -> list[str]:
+        """What had to be forced, in words."""
+        return self.bench.forced
 
     def run(self, parts: Sequence[Part], after_each: Callable[[Self], None]) -> None:
         """Runs them all; `after_each` is called with what there is so far."""
@@ -73,23 +76,23 @@ class Runner:
         return result
 
     def _serve(self, part: Part) -> None:
-        now = None if self._service is None else self._service.sharing
-        if now == part.sharing and not part.fresh:
+        service = self._service
+        now = (None, False) if service is None else (service.sharing, service.attach)
+        if now == (part.sharing, part.attach) and not part.fresh:
             return
         self._end_service()
         if part.sharing is not None:
-            service = Service(self.bench.gcgroupd, self.bench.sim, part.sharing, self.log)
+            bench = self.bench
+            service = Service(bench.gcgroupd, bench.sim, part.sharing, bench.log, attach=part.attach)
             self._service = service.__enter__()
         self.bench.serve(self._service)
 
     def _watch(self, part: Part) -> threading.Timer:
         """A call that hangs in a control file returns when the service is gone."""
-        service = self._service
 
         def kill() -> None:
             print(f"{part.name}: not done after {part.limit_s:.0f} s, its service is killed", file=sys.stderr)
-            if service is not None:
-                service.kill()
+            self.bench.kill_service()
 
         watchdog = threading.Timer(part.limit_s, kill)
         watchdog.daemon = True
@@ -109,7 +112,7 @@ class Runner:
         service, self._service = self._service, None
         self.bench.serve(None)
         if service is not None:
-            self.forced += service.stop()
+            self.forced.extend(service.stop())
 
 
 def _nothing(part: Part, why: str, verdict: Verdict) -> Result:

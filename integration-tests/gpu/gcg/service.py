@@ -70,6 +70,12 @@ class Service:
     sim: bool
     sharing: str
     log: IO[bytes]
+    # Whether processes that it did not launch get entries.
+    attach: bool = False
+    # Whether the launches of those are counted.
+    count_launches: bool = True
+    # GPUs of the simulated host.
+    sim_gpus: int = 1
     gpu: int = 0
     _base: Path = field(init=False)
     _child: subprocess.Popen[bytes] | None = field(init=False, default=None)
@@ -109,10 +115,14 @@ class Service:
 
     def _start(self) -> None:
         configuration = self._base / "gcgroupd.toml"
-        configuration.write_text(f'sharing = "{self.sharing}"\n')
+        configuration.write_text(
+            f'sharing = "{self.sharing}"\n'
+            f"attach = {str(self.attach).lower()}\n"
+            f"count_launches = {str(self.count_launches).lower()}\n"
+        )
         command = [str(self.binary), "serve", "--config", str(configuration)]
         command += ["--mountpoint", str(self.root), "--state", str(self.state)]
-        command += ["--sim"] if self.sim else []
+        command += [f"--sim={self.sim_gpus}"] if self.sim else []
         self.log.write(f"--- {' '.join(command)}\n".encode())
         self.log.flush()
         self._child = subprocess.Popen(
@@ -174,11 +184,14 @@ class Service:
         return path
 
     def clear(self) -> None:
-        """Ends every workload and removes every partition."""
-        pids = files.read(self.root / "processes" / "list").split()[1:]
+        """Ends every workload and removes every partition. Programs of others are listed
+        too and are left alone."""
+        listed = files.read(self.root / "processes" / "list").split()[1:]
+        entries = [self.root / "processes" / pid for pid in listed]
+        ours = [entry for entry in entries if (entry / str(self.gpu) / "workload.spec").exists()]
         with ThreadPoolExecutor(_KILLS_AT_ONCE) as pool:
             # Taken one by one, so that an error shows.
-            for _ in pool.map(self._kill, (self.root / "processes" / pid for pid in pids)):
+            for _ in pool.map(self._kill, ours):
                 pass
         for partition in (self.root / "partitions" / str(self.gpu)).iterdir():
             partition.rmdir()

@@ -28,6 +28,9 @@ pub(crate) fn check(file: File, text: &str) -> Result<(), String> {
             .parse::<u64>()
             .map(drop)
             .map_err(|error| error.to_string()),
+        File::Pending => text
+            .lines()
+            .try_for_each(parsed::<gcgroup_model::change::Pending>),
         File::FreezeMany | File::PartitionMembers => numbers(text.lines()),
         File::SmGroups => numbers(line.split_whitespace()),
         File::ProcessList => match text.strip_prefix("PID\n") {

@@ -30,12 +30,21 @@ pub(super) enum Hold {
     Until(u64),
 }
 
-/// A client, its messages that wait, and the request that a fault keeps back.
+/// What is kept back.
+pub(super) enum Held {
+    /// A request, by a fault.
+    Request(Request, Hold),
+    /// The answer to what is done, until it has taken its time: CLOCK_MONOTONIC
+    /// nanoseconds.
+    Answer(Message, u64),
+}
+
+/// A client, its messages that wait, and what is kept back of its request.
 pub(super) struct Client {
     pub(super) peer: Peer,
     socket: OwnedFd,
     waiting: VecDeque<Vec<u8>>,
-    held: Option<(Request, Hold)>,
+    held: Option<Held>,
     interest: EventFlags,
 }
 
@@ -102,30 +111,34 @@ impl Client {
     }
 
     pub(super) fn hold(&mut self, request: Request, hold: Hold) {
-        self.held = Some((request, hold));
+        self.held = Some(Held::Request(request, hold));
+    }
+
+    pub(super) fn say_at(&mut self, due_ns: u64, message: Message) {
+        self.held = Some(Held::Answer(message, due_ns));
     }
 
     pub(super) fn is_held(&self) -> bool {
         self.held.is_some()
     }
 
-    /// When a delay is over.
+    /// When what is kept back for a time goes on.
     pub(super) fn due_ns(&self) -> Option<u64> {
         match self.held {
-            Some((_, Hold::Until(ns))) => Some(ns),
-            _ => None,
+            Some(Held::Request(_, Hold::Until(ns)) | Held::Answer(_, ns)) => Some(ns),
+            Some(Held::Request(_, Hold::Fault(_))) | None => None,
         }
     }
 
     pub(super) fn may_go_on(&self, now: u64, over: impl Fn(FaultId) -> bool) -> bool {
         match &self.held {
-            Some((_, Hold::Until(ns))) => *ns <= now,
-            Some((_, Hold::Fault(fault))) => over(*fault),
+            Some(Held::Request(_, Hold::Until(ns)) | Held::Answer(_, ns)) => *ns <= now,
+            Some(Held::Request(_, Hold::Fault(fault))) => over(*fault),
             None => false,
         }
     }
 
-    pub(super) fn take_held(&mut self) -> Option<Request> {
-        self.held.take().map(|(request, _)| request)
+    pub(super) fn take_held(&mut self) -> Option<Held> {
+        self.held.take()
     }
 }

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use gcgroup_kernels::engine::{EngineError, Form, Plan};
 
+use super::channel::Client;
 use super::{MpsId, looks};
 use crate::cost::Cost;
 use crate::rate::Demand;
@@ -71,10 +72,10 @@ struct Head {
 pub(super) struct Context {
     pub(super) gpu: u32,
     pub(super) pid: u32,
-    /// Handle of its driver client.
-    pub(super) client: u32,
+    pub(super) client: Client,
     pub(super) mps: Option<MpsId>,
-    pub(super) timeslices_usec: [u64; 4],
+    /// Whether it is listed as an MPS server.
+    pub(super) is_server: bool,
     /// Device memory of the context itself, bytes.
     pub(super) overhead: u64,
     /// Device memory that its program took, bytes.
@@ -85,33 +86,40 @@ pub(super) struct Context {
     /// Units that all blocks have done until the last end of a launch.
     pub(super) cursor: u128,
     pub(super) broken: Option<EngineError>,
+    /// Launches that were submitted.
+    pub(super) launched: u64,
     /// Launches that ended complete.
     pub(super) complete: u64,
     stop: bool,
     waiting: VecDeque<Launch>,
     head: Option<Head>,
-    /// Whether it had a launch on the device when that was last asked.
+    /// Whether it had a launch that goes on when that was last asked.
     counted: bool,
-    /// Units of all blocks in a microsecond.
-    rate: f64,
+    /// Units of all blocks in a microsecond, as was computed last.
+    pub(super) rate: f64,
     /// Share of the time that the device gives this context.
     share: f64,
 }
 
 impl Context {
     pub(super) fn new(gpu: u32, pid: u32, client: u32, mps: Option<MpsId>, overhead: u64) -> Self {
+        let client = match mps {
+            Some(_) => Client::under_mps(client),
+            None => Client::new(client),
+        };
         Self {
             gpu,
             pid,
             client,
             mps,
-            timeslices_usec: shape::TIMESLICES_USEC,
+            is_server: false,
             overhead,
             allocated: 0,
             workload: None,
             groups: (1 << shape::GROUPS.len()) - 1,
             cursor: 0,
             broken: None,
+            launched: 0,
             complete: 0,
             stop: false,
             waiting: VecDeque::new(),
@@ -122,8 +130,9 @@ impl Context {
         }
     }
 
-    pub(super) fn has_head(&self) -> bool {
-        self.head.is_some()
+    /// Whether a launch of it is on the device and goes on.
+    pub(super) fn runs(&self) -> bool {
+        self.head.is_some() && !self.client.stands()
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -141,7 +150,7 @@ impl Context {
     /// Whether it has begun or ceased to want the device since the last call. A
     /// launch that follows another at once changes nothing.
     pub(super) fn presence_changed(&mut self) -> bool {
-        let wants = self.head.is_some();
+        let wants = self.runs();
         std::mem::replace(&mut self.counted, wants) != wants
     }
 
@@ -159,6 +168,7 @@ impl Context {
     }
 
     pub(super) fn queue(&mut self, target: u64, submitted_ns: u64) {
+        self.launched += 1;
         self.waiting.push_back(Launch {
             target,
             submitted_ns,
@@ -166,9 +176,14 @@ impl Context {
     }
 
     /// Puts the next launch on the device, where none is. Those that have nothing
-    /// to do, or see the stop flag when they begin, end at once.
+    /// to do, or see the stop flag when they begin, end at once. From disabled
+    /// channels nothing comes, and what is on the device stands where it is.
     pub(super) fn start_next(&mut self, now_ns: u64) -> Vec<Ended> {
         let mut ended = Vec::new();
+        if self.client.stands() {
+            self.set_rate(0.0, 0.0);
+            return ended;
+        }
         let Some(workload) = &self.workload else {
             return ended;
         };
@@ -261,6 +276,7 @@ impl Context {
     pub(super) fn fail(&mut self, error: &EngineError) -> bool {
         self.head = None;
         self.waiting.clear();
+        self.client.lose_groups();
         self.allocated = 0;
         self.overhead = 0;
         self.broken.replace(error.clone()).is_none()

@@ -4,8 +4,11 @@ use gcgroup_kernels::catalogue;
 use gcgroup_kernels::engine::{EngineError, Form, Placement, Plan};
 use gcgroup_model::spec::WorkloadSpec;
 
-use super::{ClientMissing, ContextId, Ended, Notice, World};
+use super::{ContextId, Ended, Notice, World};
 use crate::shape::{CONTEXT_BYTES, MEMORY_BYTES, PAGE_BYTES, splitmix};
+use crate::wire::Launch::Kernel;
+
+mod channels;
 
 const GIB: u64 = 1 << 30;
 const SECOND: u64 = 1_000_000_000;
@@ -58,7 +61,9 @@ fn units_in_a_second(world: &mut World, ids: &[ContextId]) -> Vec<f64> {
         .map(|&id| world.cursor(id).expect("it lives").0)
         .collect();
     for &id in ids {
-        world.submit(id, ENDLESS, 0).expect("it is prepared");
+        world
+            .submit(id, ENDLESS, 0, Kernel)
+            .expect("it is prepared");
     }
     world.advance(world.now_ns + SECOND);
     for &id in ids {
@@ -155,10 +160,10 @@ fn contexts_without_mps_take_turns_by_their_timeslices() {
     let a = worker(&mut world, None, &plan("fma_fp32"), 0..17);
     let b = worker(&mut world, None, &plan("fma_fp32"), 0..17);
     let alone = units_in_a_second(&mut world, &[a])[0];
-    let (client, groups) = world.find_client(1, 0, 0).expect("the first one is found");
+    let set = world.list(1, 0, 0).expect("both are listed");
     // Priorities 4 and 8: 524288 >> p microseconds.
     world
-        .set_timeslices(client, &groups, 32_768)
+        .set_timeslices(&set.groups[..1], 32_768)
         .expect("it lives");
     let both = units_in_a_second(&mut world, &[a, b]);
     assert_near(both[0] / both[1], 16.0, 1e-3);
@@ -192,7 +197,7 @@ fn a_stop_ends_a_sliced_launch_after_its_latency_and_queued_ones_at_once() {
     let mut world = world();
     let id = worker(&mut world, None, &plan("fma_fp32"), 0..17);
     for target in [ENDLESS, ENDLESS + 1, ENDLESS + 2] {
-        world.submit(id, target, 0).expect("it is prepared");
+        world.submit(id, target, 0, Kernel).expect("it is prepared");
     }
     world.advance(1_000_000);
     world.raise_stop(id).expect("it lives");
@@ -214,7 +219,9 @@ fn an_uncut_launch_runs_to_its_end_whatever_the_flag_says() {
         ..plan("fma_fp32")
     };
     let id = worker(&mut world, None, &uncut, 0..17);
-    world.submit(id, 1_000_000, 0).expect("it is prepared");
+    world
+        .submit(id, 1_000_000, 0, Kernel)
+        .expect("it is prepared");
     world.raise_stop(id).expect("it lives");
     world.advance(10 * SECOND);
     let ended = ended(&mut world);
@@ -243,7 +250,7 @@ fn stops_at_any_time_lose_and_repeat_no_unit() {
                 _ => {
                     targets[which] += splitmix(&mut state) % 100_000;
                     world
-                        .submit(ids[which], targets[which], 0)
+                        .submit(ids[which], targets[which], 0, Kernel)
                         .expect("it is prepared");
                 }
             }
@@ -259,7 +266,7 @@ fn stops_at_any_time_lose_and_repeat_no_unit() {
         }
         for (&id, target) in ids.iter().zip(targets) {
             world.lower_stop(id).expect("it lives");
-            world.submit(id, target, 0).expect("it is prepared");
+            world.submit(id, target, 0, Kernel).expect("it is prepared");
             world.advance(world.now_ns + 1000 * SECOND);
             let (cursor, _) = world.cursor(id).expect("it lives");
             assert_eq!(cursor, u128::from(target) * blocks, "seed {seed}");
@@ -275,8 +282,12 @@ fn a_clock_that_is_looked_at_rarely_changes_no_figure() {
         let a = worker(&mut world, Some(&token), &plan("fma_fp32"), 0..8);
         let b = worker(&mut world, Some(&token), &plan("copy"), 4..12);
         for launch in 1..=50 {
-            world.submit(a, launch * 30_000, 0).expect("it is prepared");
-            world.submit(b, launch * 2_000, 0).expect("it is prepared");
+            world
+                .submit(a, launch * 30_000, 0, Kernel)
+                .expect("it is prepared");
+            world
+                .submit(b, launch * 2_000, 0, Kernel)
+                .expect("it is prepared");
         }
         while world.now_ns < SECOND {
             world.advance(world.now_ns + step);
@@ -296,7 +307,7 @@ fn the_next_event_is_the_end_of_the_next_launch() {
     let mut world = world();
     let id = worker(&mut world, None, &plan("fma_fp32"), 0..17);
     assert_eq!(world.next_event(), None);
-    world.submit(id, 30_000, 0).expect("it is prepared");
+    world.submit(id, 30_000, 0, Kernel).expect("it is prepared");
     let end = world.next_event().expect("a launch runs");
     world.advance(end - 1000);
     assert_eq!(ended(&mut world), []);
@@ -353,7 +364,9 @@ fn an_mps_server_takes_48_clients_and_breaks_them_when_it_is_lost() {
 fn a_lost_gpu_is_not_listed_and_comes_back_empty() {
     let mut world = world();
     let id = worker(&mut world, None, &plan("fma_fp32"), 0..17);
-    world.submit(id, ENDLESS, 0).expect("it is prepared");
+    world
+        .submit(id, ENDLESS, 0, Kernel)
+        .expect("it is prepared");
     world.lose_gpu(0);
     assert_eq!((world.gpus().count(), world.state(0)), (0, None));
     assert!(matches!(
@@ -367,32 +380,12 @@ fn a_lost_gpu_is_not_listed_and_comes_back_empty() {
 }
 
 #[test]
-fn a_client_is_found_after_its_mark_only_and_never_under_mps() {
-    let mut world = world();
-    let before = world.mark();
-    world.open(0, 5, None).expect("there is room");
-    let after = world.mark();
-    let (client, groups) = world.find_client(5, 0, before).expect("it is younger");
-    assert!(client > before && client <= after);
-    assert_eq!(
-        world.timeslices(client, &groups),
-        Ok(vec![2048, 1024, 1024, 1024])
-    );
-    assert_eq!(
-        world.find_client(5, 0, after),
-        Err(ClientMissing::NoContext)
-    );
-    let token = mps(&mut world);
-    world.open(0, 6, Some(&token)).expect("there is a slot");
-    assert_eq!(world.find_client(6, 0, before), Err(ClientMissing::Mps));
-    assert_eq!(world.timeslices(1, &groups), Err(ClientMissing::Gone));
-}
-
-#[test]
 fn utilisation_follows_what_runs() {
     let mut world = world();
     let id = worker(&mut world, None, &plan("fma_fp32"), 0..8);
-    world.submit(id, ENDLESS, 0).expect("it is prepared");
+    world
+        .submit(id, ENDLESS, 0, Kernel)
+        .expect("it is prepared");
     world.advance(SECOND);
     let usage = world.state(0).expect("the GPU is there").usage;
     assert_near(usage.busy, 1.0, 0.01);

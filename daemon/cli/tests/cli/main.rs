@@ -1,177 +1,18 @@
 //! The program from outside, on a directory that is laid out as the mount is.
-//!
-//! A plain directory answers reads as the service does. Writes to it succeed
-//! whatever they are, so refusals come from what the kernel refuses by itself.
+
+mod fixture;
+mod process;
+mod run;
 
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use gcgroup_model::File;
 use serde_json::{Value, json};
 
-/// A tree with one GPU, one partition, a workload and another process.
-struct Tree {
-    root: tempfile::TempDir,
-}
-
-impl Tree {
-    fn new() -> Self {
-        let tree = Self {
-            root: tempfile::tempdir().expect("a temporary directory"),
-        };
-        tree.file("", File::Version, "0.1.0\n");
-        tree.file("", File::FreezeMany, "");
-        tree.file("", File::Launch, "");
-        tree.file("devices/0", File::GpuName, "NVIDIA H200\n");
-        tree.file("devices/0", File::SmCapacity, "132\n");
-        tree.file("partitions/0/a", File::SmCount, "64\n");
-        tree.file("partitions/0/a", File::SmGroups, "0 1 2 3 4 5 6 7\n");
-        tree.file("partitions/0/a", File::PartitionMembers, "1234\n");
-        tree.process(1234, 0, "gcgroupd", "a");
-        tree.process(77, 0, "python", "none");
-        tree.file("processes/1234/0", File::WorkloadSpec, "{\"gpu\":0}\n");
-        tree.file(
-            "processes/1234/0",
-            File::Stat,
-            "nr_submitted_kernels: 10\nnr_ended_kernels: 9\nusage_usec: 4500\nsm_count: 64\n",
-        );
-        fs::create_dir(tree.root.path().join("workloads")).expect("a directory");
-        symlink(
-            "../processes/1234/0",
-            tree.root.path().join("workloads/noisy"),
-        )
-        .expect("a link");
-        tree
-    }
-
-    fn process(&self, pid: u32, gpu: u32, comm: &str, partition: &str) {
-        let process = format!("processes/{pid}");
-        self.file(&process, File::Comm, &format!("{comm}\n"));
-        self.file(&process, File::Uid, "1000\n");
-        self.file(&process, File::Cgroup, "/user.slice\n");
-        let entry = format!("{process}/{gpu}");
-        self.file(&entry, File::MemoryCurrent, "8589934592\n");
-        self.file(&entry, File::MemoryPeak, "8589934592\n");
-        self.file(&entry, File::Priority, "8\n");
-        self.file(&entry, File::Freeze, "0\n");
-        self.file(&entry, File::Max, "max 100000\n");
-        self.file(&entry, File::Partition, &format!("{partition}\n"));
-        self.file(&entry, File::Stat, "");
-        self.file(
-            &entry,
-            File::Events,
-            "populated 1\nfrozen 0\nheld 0\npending 0\n",
-        );
-        self.file(&entry, File::Kill, "");
-    }
-
-    fn path(&self, directory: &str, file: File) -> PathBuf {
-        self.root.path().join(directory).join(file.name())
-    }
-
-    fn file(&self, directory: &str, file: File, content: &str) {
-        let path = self.path(directory, file);
-        fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
-        fs::write(path, content).expect("a file");
-    }
-
-    fn content(&self, directory: &str, file: File) -> String {
-        fs::read_to_string(self.path(directory, file)).expect("a file")
-    }
-
-    /// Runs the program on this tree.
-    fn run(&self, words: &[&str]) -> Output {
-        gcgroup(self.root.path(), words)
-    }
-
-    /// Standard output of a run that must succeed.
-    fn told(&self, words: &[&str]) -> String {
-        let output = self.run(words);
-        assert!(output.status.success(), "{words:?}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    fn json(&self, words: &[&str]) -> Value {
-        serde_json::from_str(&self.told(words)).expect("one JSON document")
-    }
-
-    /// Standard error of a run that must fail with `status`.
-    fn refusal(&self, status: i32, words: &[&str]) -> String {
-        let output = self.run(words);
-        assert_eq!(output.status.code(), Some(status), "{words:?}: {output:?}");
-        assert!(output.stdout.is_empty(), "{output:?}");
-        String::from_utf8(output.stderr).expect("text")
-    }
-}
-
-fn gcgroup(root: &Path, words: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_gcgroup"))
-        .arg("--root")
-        .arg(root)
-        .args(words)
-        .stdin(Stdio::null())
-        .output()
-        .expect("the program starts")
-}
-
-#[test]
-fn ls_shows_a_line_for_each_process_by_pid() {
-    let told = Tree::new().told(&["ls"]);
-    let lines: Vec<Vec<&str>> = told
-        .lines()
-        .map(|line| line.split_whitespace().collect())
-        .collect();
-    assert_eq!(
-        lines,
-        [
-            vec![
-                "PID",
-                "GPU",
-                "NAME",
-                "PARTITION",
-                "SMS",
-                "PRIORITY",
-                "FROZEN",
-                "MAX",
-                "MEMORY",
-                "KERNELS"
-            ],
-            vec![
-                "77", "0", "python", "none", "-", "8", "0", "max", "8.0G", "-"
-            ],
-            vec![
-                "1234", "0", "noisy", "a", "64", "8", "0", "max", "8.0G", "9"
-            ],
-        ]
-    );
-}
-
-#[test]
-fn ls_for_programs_has_stable_keys() {
-    let told = Tree::new().json(&["ls", "--json"]);
-    assert_eq!(
-        told[1],
-        json!({
-            "pid": 1234, "gpu": 0, "name": "noisy", "comm": "gcgroupd", "uid": 1000,
-            "cgroup": "/user.slice", "partition": "a", "sm_count": 64, "priority": 8,
-            "frozen": 0, "max": "max 100000", "memory_current": 8_589_934_592_u64,
-            "memory_peak": 8_589_934_592_u64, "nr_ended_kernels": 9, "usage_usec": 4500,
-            "events": {"populated": 1, "frozen": 0, "held": 0, "pending": 0},
-        })
-    );
-    assert_eq!(told[0]["name"], Value::Null);
-}
-
-#[test]
-fn ls_leaves_out_a_process_that_ended_meanwhile() {
-    let tree = Tree::new();
-    fs::remove_file(tree.path("processes/77/0", File::Events)).expect("it was there");
-    let told = tree.json(&["ls", "--json"]);
-    assert_eq!(told.as_array().map(Vec::len), Some(1));
-}
+use fixture::{Tree, gcgroup};
 
 #[test]
 fn get_takes_pids_names_and_paths_for_the_same_directory() {
@@ -237,6 +78,50 @@ fn a_process_on_two_gpus_needs_one_of_them_named() {
 }
 
 #[test]
+fn a_process_without_a_directory_is_told_from_one_that_is_not_there() {
+    let tree = Tree::new();
+    let own = std::process::id().to_string();
+    let file = File::Priority.name();
+    for target in [own.clone(), format!("{own}/0"), format!("processes/{own}")] {
+        let told = tree.refusal(1, &["get", &target, file]);
+        for part in ["no GPU context", File::Pending.name(), &own] {
+            assert!(told.contains(part), "{told}");
+        }
+    }
+    // Above the kernel's greatest pid.
+    let told = tree.refusal(1, &["get", "4194305", file]);
+    assert_eq!(told, "gcgroup: there is no process 4194305\n");
+    let told = tree.refusal(1, &["set", "77/1", file, "3"]);
+    assert!(told.contains("77/0"), "{told}");
+    let told = tree.refusal(1, &["get", "quiet", file]);
+    assert!(told.contains("\"quiet\""), "{told}");
+}
+
+#[test]
+fn what_waits_is_read_and_written_as_other_files_are() {
+    let tree = Tree::new();
+    let file = File::Pending.name();
+    let waits = format!(
+        "5 {} 3\n6 {} 1\n",
+        File::Priority.name(),
+        File::Freeze.name()
+    );
+    tree.file("", File::Pending, &waits);
+    assert_eq!(tree.told(&["get", "/", file]), waits);
+    let lines: Vec<&str> = waits.lines().collect();
+    assert_eq!(
+        tree.json(&["get", "/", file, "--json"]),
+        json!({file: lines})
+    );
+    tree.file("", File::Pending, "");
+    tree.told(&["set", "/", file, "5", File::Max.name(), "30000", "100000"]);
+    assert_eq!(
+        tree.content("", File::Pending),
+        format!("5 {} 30000 100000", File::Max.name())
+    );
+}
+
+#[test]
 fn set_writes_the_words_joined_by_one_space() {
     let tree = Tree::new();
     tree.told(&["set", "noisy", File::Max.name(), "20000", "1000000"]);
@@ -244,44 +129,6 @@ fn set_writes_the_words_joined_by_one_space() {
     let told = tree.json(&["set", "noisy", File::Max.name(), "max 1000000000", "--json"]);
     assert_eq!(told["written"], "max 1000000000");
     assert_eq!(told["value"], "max 1000000000");
-}
-
-#[test]
-fn one_target_is_frozen_through_its_own_file_and_several_in_one_step() {
-    let tree = Tree::new();
-    tree.told(&["freeze", "noisy"]);
-    assert_eq!(tree.content("processes/1234/0", File::Freeze), "1\n");
-    assert_eq!(tree.content("", File::FreezeMany), "");
-    tree.told(&["freeze", "noisy", "77", "1234"]);
-    assert_eq!(tree.content("", File::FreezeMany), "1 1234 77");
-    tree.told(&["thaw", "77/0", "noisy"]);
-    assert_eq!(tree.content("", File::FreezeMany), "0 77 1234");
-}
-
-#[test]
-fn a_process_on_two_gpus_is_frozen_whole_or_on_the_one_named() {
-    let tree = Tree::new();
-    tree.process(77, 1, "python", "none");
-    tree.told(&["freeze", "77"]);
-    assert_eq!(tree.content("", File::FreezeMany), "1 77");
-    tree.told(&["freeze", "77/1"]);
-    assert_eq!(tree.content("processes/77/1", File::Freeze), "1\n");
-    let told = tree.refusal(1, &["freeze", "77/1", "noisy"]);
-    assert!(told.contains("77"), "{told}");
-}
-
-#[test]
-fn kill_ends_what_it_can_and_reports_the_rest() {
-    let tree = Tree::new();
-    let output = tree.run(&["kill", "absent", "noisy", "missing", "--json"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(tree.content("processes/1234/0", File::Kill), "1");
-    let killed: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!(killed, json!({"killed": [1234]}));
-    let told = String::from_utf8(output.stderr).expect("text");
-    for missing in ["absent", "missing", "2 of 3"] {
-        assert!(told.contains(missing), "{told}");
-    }
 }
 
 #[test]
@@ -390,6 +237,8 @@ fn without_a_service_every_command_says_how_to_start_it() {
         &["ls"][..],
         &["get", "1"],
         &["freeze", "1", "2"],
+        &["thaw", "--cgroup", "/"],
+        &["run", "true"],
         &["launch", "--kernel", "copy"],
         &["partition", "ls"],
     ] {

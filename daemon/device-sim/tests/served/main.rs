@@ -1,109 +1,22 @@
 //! A served simulated host, from outside: over its socket, with real processes.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::JoinHandle;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gcgroup_device::{Channels, DeviceError, GpuInfo, Host, Mps, Telemetry};
+use gcgroup_device::{Channels, DeviceError, GpuInfo, Host, Mps, Search, Telemetry};
 use gcgroup_device_sim::{
-    AppOptions, Effect, Ended, Failure, FaultClient, FaultSpec, MPS_VARIABLE, Operation, Refused,
-    Scope, ServeError, SimEngine, SimHost, SimOptions, run_app, serve,
+    Effect, Ended, Failure, FaultSpec, MPS_VARIABLE, Operation, Refused, Scope, ServeError,
+    SimEngine, SimHost, SimOptions, serve,
 };
 use gcgroup_kernels::engine::{Completion, Engine, EngineError, Form, Placement, Plan};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
-/// Tells a process of this test binary what to be.
-const ROLE: &str = "GCGROUP_TEST_ROLE";
-const DIRECTORY: &str = "GCGROUP_TEST_DIRECTORY";
-/// Long enough for a busy machine, short enough to fail.
-const PATIENCE: Duration = Duration::from_secs(10);
+use harness::{Directory, PATIENCE, Served, child, first_gpu, until};
 
-/// A directory that goes with the value.
-struct Directory(PathBuf);
-
-impl Directory {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("gcgroup-sim-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).expect("a new name in the temporary directory");
-        Self(path)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A simulated host in a thread; it ends when its directory goes.
-struct Served {
-    options: SimOptions,
-    thread: Option<JoinHandle<Result<Ended, ServeError>>>,
-    directory: Option<Directory>,
-}
-
-impl Served {
-    fn start() -> Self {
-        let directory = Directory::new();
-        let options = SimOptions::new(directory.0.clone());
-        let own = options.clone();
-        let thread = std::thread::spawn(move || serve(&own));
-        until("the socket is there", || {
-            FaultClient::open(&options.socket()).is_ok()
-        });
-        Self {
-            options,
-            thread: Some(thread),
-            directory: Some(directory),
-        }
-    }
-
-    fn engine(&self) -> SimEngine {
-        SimEngine::open_with(&self.options.socket(), 0, None).expect("there is room")
-    }
-
-    fn host(&self) -> SimHost {
-        SimHost::open(&self.options.socket()).expect("it is served")
-    }
-
-    fn faults(&self) -> FaultClient {
-        FaultClient::open(&self.options.socket()).expect("it is served")
-    }
-
-    fn set(&self, operation: Operation, effect: Effect, hits: Option<u64>) {
-        let spec = FaultSpec {
-            operation,
-            scope: Scope::All,
-            effect,
-            hits,
-        };
-        self.faults().set(spec).expect("it fits the operation");
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        drop(self.directory.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !condition() {
-        assert!(started.elapsed() < PATIENCE, "not so in time: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
+mod foreign;
+mod harness;
 
 fn plan(form: Form) -> Plan {
     Plan {
@@ -134,40 +47,6 @@ fn next(engine: &mut SimEngine) -> Completion {
             return completion;
         }
         assert!(readable(engine, PATIENCE), "no launch ended");
-    }
-}
-
-fn child(role: &str, directory: &Path) -> Child {
-    Command::new(std::env::current_exe().expect("Linux knows it"))
-        .args(["--exact", "a_process_of_its_own", "--ignored"])
-        .env(ROLE, role)
-        .env(DIRECTORY, directory)
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("this binary runs")
-}
-
-#[test]
-#[ignore = "other tests run it as a process"]
-fn a_process_of_its_own() {
-    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
-        return; // Somebody runs the ignored tests by hand.
-    };
-    match std::env::var(ROLE).as_deref() {
-        Ok("serve") => {
-            serve(&SimOptions::new(directory)).expect("nobody else serves it");
-        }
-        Ok("app") => {
-            let options = AppOptions {
-                state: directory,
-                gpu: 0,
-                memory_bytes: 3 << 30,
-                kernel_us: 500,
-            };
-            let error = run_app(&options).expect_err("it runs until it is killed");
-            panic!("{error}");
-        }
-        other => panic!("{other:?} is no role"),
     }
 }
 
@@ -280,13 +159,13 @@ fn a_killed_process_leaves_nothing_behind() {
     let state = faults.clients().expect("it is served").remove(0);
     assert_eq!((state.pid, state.gpu, state.mps), (app.id(), 0, false));
 
-    let groups = host
-        .find(app.id(), &gpu, mark)
+    let set = host
+        .list(app.id(), &gpu, Search::Since(mark))
         .expect("it has opened the GPU");
-    assert_eq!(groups.groups.len(), 4);
-    let slices = host.timeslices(&groups).expect("it lives");
-    assert_eq!(slices.usec[0], 2048);
-    host.set_timeslice(&groups, 128).expect("it lives");
+    assert_eq!((set.groups.len(), set.channels.len()), (1, 20));
+    let slices = host.timeslices(&set).expect("it lives");
+    assert_eq!(slices.usec, [2048]);
+    host.set_timeslice(&set, 128).expect("it lives");
     let state = faults.clients().expect("it is served").remove(0);
     assert_eq!(state.timeslice_usec, 128);
     let sample = host.sample(&gpu).expect("the GPU is there");
@@ -298,10 +177,7 @@ fn a_killed_process_leaves_nothing_behind() {
         faults.clients().expect("it is served").is_empty()
     });
     assert_eq!(host.sample(&gpu).expect("the GPU is there").memory_used, 0);
-    assert_eq!(
-        host.timeslices(&groups),
-        Err(DeviceError::NoProcess(groups.pid))
-    );
+    assert_eq!(host.timeslices(&set), Err(DeviceError::NoProcess(set.pid)));
 }
 
 #[test]
@@ -375,10 +251,6 @@ fn an_idle_host_uses_no_time() {
     assert!(used <= 1, "{used} ticks in 2 s");
     process.kill().expect("it is ours");
     process.wait().expect("it is ours");
-}
-
-fn first_gpu(host: &SimHost) -> GpuInfo {
-    host.gpus().expect("it is served").remove(0)
 }
 
 #[test]
@@ -514,7 +386,7 @@ fn nonsense_on_the_socket_ends_its_sender_only() {
     };
     let served = Served::start();
     let host = served.host();
-    for packet in [&b"{\"open\":"[..], &[0xff; 1000][..], &[b' '; 150_000][..]] {
+    for packet in [&b"{\"open\":"[..], &[0xff; 1000][..], &[b' '; 200_000][..]] {
         let rogue = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).expect("a socket");
         let address = SocketAddrUnix::new(served.options.socket()).expect("a short path");
         connect(&rogue, &address).expect("it is served");
