@@ -260,6 +260,11 @@ pub(crate) fn load(state: &Path) -> Result<Option<Records>> {
         .with_context(|| format!("{} is not a journal", path.display()))
 }
 
+/// Whether there is a journal in a state directory.
+pub(crate) fn exists(state: &Path) -> bool {
+    state.join(FILE).exists()
+}
+
 /// Removes the journal: nothing is left to undo.
 ///
 /// # Errors

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use gcgroup_device::DeviceError;
+use gcgroup_device::{ChannelSet, DeviceError, ProcessKind};
 use gcgroup_device_nvidia::{NvidiaHost, Options, end_orphan, remove_probes};
 use gcgroup_device_sim::{SOCKET_NAME, SimHost};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::journal::{self, Helper, HostKind, Journal, LockError, Records, Role};
+use crate::journal::{self, Armed, ArmedGpu, Helper, HostKind, Journal, LockError, Records, Role};
 use crate::{procfs, spawn};
 
 use resume::{Left, Opened};
@@ -105,8 +105,9 @@ fn undo_within(state: &Path, patience: Duration) -> Result<()> {
         Err(error) => {
             // What it listed is lost; barring every later start helps nobody.
             let aside = journal::set_aside(state).context("cannot set a damaged journal aside")?;
-            tracing::error!(error = %format!("{error:#}"), aside = %aside.display(), "the journal is damaged and was set aside");
-            Ok(())
+            let records = everybody(state);
+            tracing::error!(error = %format!("{error:#}"), aside = %aside.display(), processes = records.armed.len(), "the journal is damaged and was set aside: every process on a GPU is resumed");
+            undo_records(state, records, patience, Keep::Left)
         }
     }
 }
@@ -159,12 +160,8 @@ fn undo_records(state: &Path, records: Records, patience: Duration, keep: Keep) 
 /// Lets every armed process run again; returns those where that failed.
 fn resume_armed(state: &Path, records: &Records, patience: Duration) -> Vec<Left> {
     let begun = Instant::now();
-    let (host, socket) = (records.host, state.join(SOCKET_NAME));
-    let open = move || match host {
-        HostKind::Nvidia => open_nvidia(),
-        HostKind::Sim => open_sim(&socket),
-    };
-    let left = resume::all(open, records.armed.clone(), patience);
+    let (host, state) = (records.host, state.to_owned());
+    let left = resume::all(move || open(&state, host), records.armed.clone(), patience);
     for Left { armed, why } in &left {
         let (pid, gpu) = (armed.process.pid, &armed.gpu.uuid);
         tracing::error!(pid, gpu, why, "a process may still be stopped");
@@ -179,6 +176,65 @@ fn resume_armed(state: &Path, records: &Records, patience: Duration) -> Vec<Left
         );
     }
     left
+}
+
+fn open(state: &Path, host: HostKind) -> Result<Opened, DeviceError> {
+    match host {
+        HostKind::Nvidia => open_nvidia(),
+        HostKind::Sim => open_sim(&state.join(SOCKET_NAME)),
+    }
+}
+
+/// Every process on every GPU, for when nobody knows which of them are stopped:
+/// to resume one that runs is harmless.
+fn everybody(state: &Path) -> Records {
+    let host = if state.join(SOCKET_NAME).exists() {
+        HostKind::Sim
+    } else {
+        HostKind::Nvidia
+    };
+    let armed = match open(state, host) {
+        Ok(Opened::Host(driver)) => computing(&*driver),
+        Ok(Opened::Gone) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    let armed = armed.unwrap_or_else(|error| {
+        tracing::error!(%error, "processes that are stopped cannot be found");
+        Vec::new()
+    });
+    Records {
+        armed,
+        host,
+        ..Records::default()
+    }
+}
+
+fn computing(driver: &dyn resume::Resumes) -> Result<Vec<Armed>, DeviceError> {
+    let mut armed = Vec::new();
+    for gpu in driver.gpus()? {
+        for process in driver.processes(&gpu)? {
+            // A client's channels are in its server's groups.
+            let client = process.kind == ProcessKind::MpsClient;
+            let Some(start) = procfs::start_time(process.pid).filter(|_| !client) else {
+                continue;
+            };
+            armed.push(Armed {
+                process: Helper {
+                    pid: process.pid,
+                    start,
+                },
+                gpu: ArmedGpu {
+                    index: gpu.index,
+                    uuid: gpu.uuid.clone(),
+                },
+                set: ChannelSet {
+                    pid: process.pid,
+                    ..ChannelSet::default()
+                },
+            });
+        }
+    }
+    Ok(armed)
 }
 
 fn open_nvidia() -> Result<Opened, DeviceError> {
@@ -275,7 +331,9 @@ fn kill(helper: Helper) {
 /// # Errors
 /// [`LockError`] for a living service, or what could not be undone.
 pub(crate) fn run(state: &Path) -> Result<()> {
-    if !state.exists() {
+    // After an orderly end there is nothing to undo, and the directory may be on
+    // its way out.
+    if !journal::exists(state) {
         return Ok(());
     }
     let _lock = journal::lock_to_recover(state, PATIENCE)?;

@@ -63,8 +63,17 @@ pub(crate) struct Remembered {
     /// In the order in which they were written, each with the start time of its
     /// process.
     pending: Vec<(Pending, u64)>,
+    /// Whether something is not on its way to the file yet.
+    dirty: bool,
     /// `None` where no thread could be started: nothing survives then.
     writer: Option<Writer>,
+}
+
+impl Drop for Remembered {
+    /// The writer, dropped after this, waits until everything is written.
+    fn drop(&mut self) {
+        self.flush();
+    }
 }
 
 impl Remembered {
@@ -83,6 +92,7 @@ impl Remembered {
         let mut remembered = Self {
             settings: loaded.settings,
             pending: loaded.pending,
+            dirty: false,
             writer: None,
         };
         let is_running = |&(pid, start): &Process| procfs::is_running(pid, start);
@@ -210,7 +220,17 @@ impl Remembered {
         found
     }
 
-    fn write(&self) {
+    /// Something has changed; it is written with the next [`Remembered::flush`].
+    fn write(&mut self) {
+        self.dirty = true;
+    }
+
+    /// Hands what has changed to the thread that writes. Many changes at a time,
+    /// as when a tree of processes ends, are written once.
+    pub(crate) fn flush(&mut self) {
+        if !std::mem::take(&mut self.dirty) {
+            return;
+        }
         let Some(writer) = &self.writer else {
             return;
         };

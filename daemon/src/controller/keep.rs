@@ -11,7 +11,6 @@ use gcgroup_policy::enforcer::Origin;
 
 use super::process::Proc;
 use super::ticket::{JobId, Op};
-use super::timer::READ_REPORT_MS;
 use super::{Controller, Event};
 use crate::clock::now_ns;
 use crate::journal::{Armed, ArmedGpu, Helper};
@@ -62,7 +61,8 @@ impl Controller {
                 return;
             }
         }
-        self.tell_keeper(node, report_order(self.report_every_ms));
+        let every = Duration::from_millis(self.report_every_ms);
+        self.tell_keeper(node, Order::ReportEvery(every));
         self.want_all(node);
         self.publish(node);
     }
@@ -219,13 +219,4 @@ impl Controller {
             }
         });
     }
-}
-
-/// How often a keeper reports: not at all while nobody reads.
-pub(super) fn report_order(every_ms: u64) -> Order {
-    Order::ReportEvery(if every_ms == READ_REPORT_MS {
-        Duration::from_millis(every_ms)
-    } else {
-        Duration::ZERO
-    })
 }

@@ -210,7 +210,6 @@ impl Controller {
             self.tickets.insert(ticket, late);
         }
         self.publish(node);
-        self.put_back_early(ticket);
     }
 
     fn begin(&mut self, node: NodeId, id: JobId) {

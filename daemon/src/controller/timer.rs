@@ -5,9 +5,9 @@ use std::time::Duration;
 use gcgroup_kernels::protocol::Command;
 use gcgroup_policy::lane;
 
-use super::keep::report_order;
 use super::{Controller, StopState};
 use crate::clock::now_ns;
+use crate::keeper::Order;
 use crate::{launch, spawn};
 
 /// How often counters that grow by themselves are brought up to date while
@@ -17,7 +17,7 @@ pub(super) const TICK: Duration = Duration::from_millis(50);
 const READER_STAYS: Duration = Duration::from_secs(2);
 /// Milliseconds between a worker's reports while somebody reads: sampled values
 /// are at most 100 ms old.
-pub(super) const READ_REPORT_MS: u64 = 50;
+const READ_REPORT_MS: u64 = 50;
 /// The same while nobody does: the first value after a pause is at most 1 s old.
 pub(super) const UNREAD_REPORT_MS: u64 = 900;
 
@@ -114,11 +114,13 @@ impl Controller {
             let ids: Vec<_> = self.procs.keys().copied().collect();
             for node in ids {
                 self.tell(node, Command::ReportEvery { ms: wanted });
-                self.tell_keeper(node, report_order(wanted));
+                self.tell_keeper(node, Order::ReportEvery(Duration::from_millis(wanted)));
             }
         }
         self.refresh_frozen(Duration::from_millis(wanted));
+        self.put_back_stuck(now_ns());
         self.retry_wanted();
+        self.remembered.flush();
     }
 
     /// Tells a worker something whose reply nobody waits for.

@@ -1,6 +1,6 @@
 //! Putting back what a change did, where it did not come true for all.
 
-use gcgroup_model::change::{Begun, Refusal};
+use gcgroup_model::change::Refusal;
 use gcgroup_model::snapshot::{NodeId, Settings};
 
 use super::Controller;
@@ -18,10 +18,27 @@ pub(super) enum Undo {
 }
 
 impl Controller {
-    /// A member of a freeze of several is overdue: the others are put back now,
-    /// so that none of them waits for it, and it itself when it comes true.
-    pub(super) fn put_back_early(&mut self, id: TicketId) {
-        let refusal = self.timed_out(Begun::Yes);
+    /// Freezes of several of which a member is stuck: the others are put back now,
+    /// so that none of them stands for as long as it hangs, and it itself is when
+    /// it comes true after all.
+    pub(super) fn put_back_stuck(&mut self, now: u64) {
+        let stuck_after = u64::try_from(self.config.stuck_after.as_nanos()).unwrap_or(u64::MAX);
+        let is_stuck = |ticket: &Ticket| {
+            ticket.failure.is_none() && now.saturating_sub(ticket.deadline) >= stuck_after
+        };
+        let stuck: Vec<_> = self
+            .tickets
+            .iter()
+            .filter(|(_, ticket)| is_stuck(ticket))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in stuck {
+            self.put_back_early(id);
+        }
+    }
+
+    fn put_back_early(&mut self, id: TicketId) {
+        let refusal = Refusal::Failed("a member of the change is stuck".to_owned());
         let Some(ticket) = self.tickets.get_mut(&id) else {
             return;
         };

@@ -24,6 +24,10 @@ const LONGEST_PAUSE: Nanos = 5_000_000_000;
 /// Shortest time between looks that are made only for reports.
 const REPORTED_LOOK: Nanos = 1_000_000_000;
 
+/// Reports that come more rarely than this are for nobody yet, and are not worth
+/// a look.
+const READ_REPORT: Nanos = 500_000_000;
+
 /// What the thread owns.
 pub(super) struct Body {
     grip: Grip,
@@ -329,7 +333,8 @@ impl Body {
 
     fn report(&mut self) {
         let since = now_ns().saturating_sub(self.looked);
-        if self.look_due.is_none() && since >= REPORTED_LOOK {
+        let is_read = self.report_every.is_some_and(|every| every < READ_REPORT);
+        if self.look_due.is_none() && is_read && since >= REPORTED_LOOK {
             self.look();
         }
         let state = self.state();

@@ -145,7 +145,8 @@ fn opened(
         }
     });
     let silent = || Err("the host did not answer when it was opened".to_owned());
-    wait(&answer, give_up).unwrap_or_else(silent)
+    // Its last error comes close to the deadline, and says more than silence.
+    wait(&answer, give_up + QUICK).unwrap_or_else(silent)
 }
 
 /// The GPUs that there are now; `None` where the host does not say.

@@ -249,6 +249,10 @@ fn beside_a_running_service_it_touches_nothing_of_it() {
     let mut app = instance.app();
     let frozen = instance.app();
     instance.set(frozen.file("compute.freeze"), "1");
+    // What was set is remembered a moment later.
+    wait::until(ENDED, "the settings are written", || {
+        instance.state().join("settings.json").exists()
+    });
     let before = (instance.text("processes/list"), names(&instance.state()));
     let place = Place::new();
     let mut others = place.doctor(&["--sim"]);

@@ -219,3 +219,19 @@ fn what_no_recovery_could_resume_is_resumed_by_the_next_service() {
     instance.set(app.file("compute.freeze"), "0");
     assert!(instance.runs(app.pid()));
 }
+
+#[test]
+fn a_damaged_journal_keeps_nothing_stopped() {
+    let mut instance = Setup::new().attach().start();
+    let apps: Vec<_> = (0..3).map(|_| instance.app()).collect();
+    for app in &apps {
+        instance.set(app.file("compute.freeze"), "1");
+    }
+    std::fs::write(instance.state().join("journal.json"), "{ torn").expect("we are root");
+    instance.kill();
+    wait::until(Duration::from_secs(5), "every program runs", || {
+        apps.iter().all(|app| instance.runs(app.pid()))
+    });
+    instance.start();
+    assert!(instance.log().contains("the journal is damaged"));
+}

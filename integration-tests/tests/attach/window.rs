@@ -36,7 +36,7 @@ fn a_run_window_is_a_share_of_the_speed() {
     }
     // The first reading after a while without readers is an older one.
     let stat = || instance.keyed(app.file("gcgroup.stat"));
-    wait::until(Duration::from_secs(5), "its stops are counted", || {
+    wait::until(Duration::from_millis(1500), "its stops are counted", || {
         let stat = stat();
         stat["nr_throttled"] >= 60 && stat["throttled_usec"] >= 2_500_000
     });

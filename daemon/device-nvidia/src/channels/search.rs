@@ -289,6 +289,11 @@ impl Lookup {
                 None => break,
             }
         }
+        // New objects follow the highest that ever was, also when it is freed.
+        for client in &mut known.clients {
+            let earlier = before.iter().find(|known| known.place == client.place);
+            client.next = client.next.max(earlier.map_or(0, |earlier| earlier.next));
+        }
         if known.clients.is_empty() && since.is_none() && !tells {
             return Err(untold(pid));
         }
