@@ -21,7 +21,7 @@ pub(crate) struct RunArguments {
     /// Priority from 0, the most important, to 15, the least; 8 where nobody says.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<Priority>,
-    /// Time on the GPU in each period, both in microseconds: 'QUOTA [PERIOD]', or 'max'.
+    /// Time on the GPU in each period, both in microseconds; 'max' for all of it.
     #[arg(long, value_name = "QUOTA [PERIOD]", allow_negative_numbers = true)]
     max: Option<Quota>,
     /// Stops it on the GPU from its first context on, until 'gcgroup thaw'.
