@@ -250,7 +250,7 @@ fn counts(config: &Config) -> Finding {
         Ok(()) => Finding::Ok("uprobes through tracefs".to_owned()),
         Err(error) => lacks(
             error.to_string(),
-            "nr_submitted_kernels is absent for processes that the service did not launch; everything else works",
+            "nr_submitted_kernels is absent for processes that the service did not launch, everything else works; tracefs comes with mount -t tracefs tracefs /sys/kernel/tracing",
         ),
     }
 }
