@@ -73,3 +73,21 @@ pub fn write_to(file: &OwnedFd, bytes: impl AsRef<[u8]>) -> Result<(), Errno> {
     assert_eq!(count, bytes.len(), "a write was taken in part");
     Ok(())
 }
+
+/// Names in a directory, sorted.
+///
+/// # Panics
+/// When it cannot be read.
+#[track_caller]
+#[must_use]
+pub fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).expect("the directory is there");
+    let mut names: Vec<_> = entries
+        .map(|entry| {
+            let name = entry.expect("the directory can be read").file_name();
+            name.into_string().expect("names are ASCII")
+        })
+        .collect();
+    names.sort();
+    names
+}

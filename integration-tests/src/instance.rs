@@ -360,15 +360,7 @@ impl Instance {
     #[track_caller]
     #[must_use]
     pub fn names(&self, below: impl AsRef<Path>) -> Vec<String> {
-        let directory = fs::read_dir(self.path(below)).expect("the directory is there");
-        let mut names: Vec<_> = directory
-            .map(|entry| {
-                let name = entry.expect("the directory can be read").file_name();
-                name.into_string().expect("names are ASCII")
-            })
-            .collect();
-        names.sort();
-        names
+        file::names(&self.path(below))
     }
 
     /// Makes a partition on GPU 0 with so many SMs.

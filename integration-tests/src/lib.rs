@@ -10,6 +10,7 @@
 
 pub mod app;
 pub mod binary;
+pub mod command;
 pub mod fault;
 pub mod file;
 pub mod identity;

@@ -1,7 +1,6 @@
 """compute.freeze and gcgroup.freeze of attached processes: how long the writes take."""
 
 import gc
-import os
 import random
 import threading
 import time
@@ -13,7 +12,7 @@ from gcg import numbers
 from gcg.bench import Bench
 from gcg.figure import Figure, Result, Table, Verdict, verdict
 from gcg.fleet import Attached, Fleet, Spin, stands
-from gcg.pace import Kept, Opened, rest, stay_awake
+from gcg.pace import Kept, Opened, read_times, rest, stay_awake
 
 _ROUNDS = 200
 _FEWER_ROUNDS = 100
@@ -94,18 +93,7 @@ def _file(workload: Attached) -> Path:
 
 def _reads(workload: Attached, pause: Pause) -> list[float]:
     """Reads that ask neither the controller nor the GPU; microseconds."""
-    rng = random.Random(6)
-    descriptor = os.open(workload.path / "compute.priority", os.O_RDONLY | os.O_CLOEXEC)
-    times = []
-    try:
-        for _ in range(_FEWER_ROUNDS):
-            pause(rng)
-            began = time.monotonic_ns()
-            os.pread(descriptor, 64, 0)
-            times.append((time.monotonic_ns() - began) / 1e3)
-    finally:
-        os.close(descriptor)
-    return times
+    return read_times(workload.path / "compute.priority", _FEWER_ROUNDS, pause)
 
 
 def measure(bench: Bench) -> Result:

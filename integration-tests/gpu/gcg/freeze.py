@@ -1,7 +1,6 @@
 """compute.freeze: how long the write takes, and that nothing runs or is lost meanwhile."""
 
 import gc
-import os
 import random
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from gcg import numbers
 from gcg.bench import FMA, Bench
 from gcg.figure import Figure, Result, Table, verdict
-from gcg.pace import Kept, Opened, rest, stay_awake
+from gcg.pace import Kept, Opened, read_times, rest, stay_awake
 from gcg.samples import Collector, Sample
 from gcg.service import Workload
 
@@ -120,18 +119,7 @@ def _measure(
 
 def _reads(workload: Workload, pause: Callable[[random.Random], None]) -> list[float]:
     """Reads that ask neither the controller nor the GPU; microseconds."""
-    rng = random.Random(6)
-    descriptor = os.open(workload.path / "memory.current", os.O_RDONLY | os.O_CLOEXEC)
-    times = []
-    try:
-        for _ in range(_FEWER_ROUNDS):
-            pause(rng)
-            began = time.monotonic_ns()
-            os.pread(descriptor, 64, 0)
-            times.append((time.monotonic_ns() - began) / 1e3)
-    finally:
-        os.close(descriptor)
-    return times
+    return read_times(workload.path / "memory.current", _FEWER_ROUNDS, pause)
 
 
 def _look(workload: Workload, ledger: _Ledger, stop: _Stop, out: _Rounds) -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gcg import files
@@ -56,3 +57,19 @@ def stay_awake(rng: random.Random) -> None:
 def rest(rng: random.Random) -> None:
     """A long stretch, slept through."""
     time.sleep(rng.uniform(*_RESTED_US) / 1e6)
+
+
+def read_times(path: Path, rounds: int, pause: Callable[[random.Random], None]) -> list[float]:
+    """Reads of a control file that is kept open; microseconds."""
+    rng = random.Random(6)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    times = []
+    try:
+        for _ in range(rounds):
+            pause(rng)
+            began = time.monotonic_ns()
+            os.pread(descriptor, 64, 0)
+            times.append((time.monotonic_ns() - began) / 1e3)
+    finally:
+        os.close(descriptor)
+    return times

@@ -66,18 +66,10 @@ class Program:
         times, self._times = self._times, []
         return {"times": times, "since_ns": self._since, "ns": time.monotonic_ns(), "error": self._error}
 
-    def _turn(self, goes: bool) -> dict[str, Any]:
-        if goes:
-            self._goes.set()
-        else:
-            self._goes.clear()
-        return {}
-
     def handlers(self) -> dict[str, talk.Handler]:
         """What it understands."""
         return {
-            "go": lambda _: self._turn(True),
-            "pause": lambda _: self._turn(False),
+            **talk.turning(self._goes),
             "take": self._take,
         }
 

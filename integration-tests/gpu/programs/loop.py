@@ -122,18 +122,10 @@ class Loop:
         self._flying.popleft().synchronize()
         self._steps += 1
 
-    def _turn(self, goes: bool) -> dict[str, Any]:
-        if goes:
-            self._goes.set()
-        else:
-            self._goes.clear()
-        return {}
-
     def handlers(self) -> dict[str, talk.Handler]:
         """What it understands."""
         return {
-            "go": lambda _: self._turn(True),
-            "pause": lambda _: self._turn(False),
+            **talk.turning(self._goes),
             "count": lambda _: {"ns": time.monotonic_ns(), "steps": self._steps},
         }
 

@@ -37,6 +37,16 @@ def ready(**facts: Any) -> None:
     say({"ready": {"pid": os.getpid(), **facts}})
 
 
+def turning(goes: threading.Event) -> dict[str, Handler]:
+    """The commands that let a program go on and make it pause."""
+
+    def turn(act: Callable[[], None]) -> dict[str, Any]:
+        act()
+        return {}
+
+    return {"go": lambda _: turn(goes.set), "pause": lambda _: turn(goes.clear)}
+
+
 def answer(handlers: dict[str, Handler]) -> None:
     """Answers commands until the input ends; then the process ends."""
     for line in sys.stdin:

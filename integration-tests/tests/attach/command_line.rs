@@ -5,10 +5,11 @@ mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use gcgroup_device_sim::{Effect, Failure, Operation, Refused, Scope};
+use gcgroup_integration_tests::command::{ok, run};
 use gcgroup_integration_tests::{App, Instance, Setup, process, wait};
 use serde_json::{Value, json};
 
@@ -20,22 +21,6 @@ const NOBODY: &str = "4194305";
 
 fn instance() -> Instance {
     Setup::new().attach().start()
-}
-
-fn run(instance: &Instance, arguments: &[&str]) -> Output {
-    instance
-        .gcgroup(arguments)
-        .output()
-        .expect("gcgroup starts")
-}
-
-/// What a command that must succeed prints.
-#[track_caller]
-fn ok(instance: &Instance, arguments: &[&str]) -> String {
-    let output = run(instance, arguments);
-    assert!(output.status.success(), "{arguments:?}: {output:?}");
-    assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
-    String::from_utf8(output.stdout).expect("text")
 }
 
 /// What a command that must end with this status says.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use gcgroup_integration_tests::file::names;
 use gcgroup_integration_tests::{Setup, binary, process, wait};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -66,18 +67,6 @@ impl Place {
         let own = self.0.path().to_str().expect("ASCII");
         assert!(!table.contains(own), "{table}");
     }
-}
-
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).expect("the directory is there");
-    let mut names: Vec<_> = entries
-        .map(|entry| {
-            let name = entry.expect("the directory can be read").file_name();
-            name.into_string().expect("names are ASCII")
-        })
-        .collect();
-    names.sort();
-    names
 }
 
 /// Runs to its end; also the helpers that it was seen to have.

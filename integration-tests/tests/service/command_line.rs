@@ -1,26 +1,10 @@
 //! `gcgroup`, which speaks through the files only.
 
-use std::process::Output;
 use std::time::Duration;
 
+use gcgroup_integration_tests::command::{ok, run};
 use gcgroup_integration_tests::{Errno, Instance, wait};
 use serde_json::{Value, json};
-
-fn run(instance: &Instance, arguments: &[&str]) -> Output {
-    instance
-        .gcgroup(arguments)
-        .output()
-        .expect("gcgroup starts")
-}
-
-/// What a command that must succeed prints.
-#[track_caller]
-fn ok(instance: &Instance, arguments: &[&str]) -> String {
-    let output = run(instance, arguments);
-    assert!(output.status.success(), "{arguments:?}: {output:?}");
-    assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
-    String::from_utf8(output.stdout).expect("text")
-}
 
 /// The document that a command that must succeed prints.
 #[track_caller]
